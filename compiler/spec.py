@@ -1,0 +1,318 @@
+"""The nouns that cross borders: frozen, keyword-only, units in their names; and the protocols of back ends and runners.
+
+A value that a step returns round-trips through JSON (`compiler.pipeline.codec`): fields are plain values, tuples,
+mappings, enums, other nouns, and `Path`. Every path inside such a value lies in the step's own folder; it is stored
+relative to it and is absolute when a stage sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = NDArray[Any]
+Feeds: TypeAlias = Mapping[str, Array]
+"""Arrays by exact tensor name; never matched by position."""
+
+Dim: TypeAlias = int | str
+"""A fixed size, or the name of a dynamic axis."""
+
+
+class Precision(StrEnum):
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+    INT8 = "int8"
+
+
+class Outcome(StrEnum):
+    PASS = "pass"  # noqa: S105 - a verdict, not a password
+    FAIL = "fail"
+    INCONCLUSIVE = "inconclusive"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DimRange:
+    """Sizes that a dynamic axis may take; ``1 <= min <= opt <= max``."""
+
+    min: int
+    opt: int
+    max: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorSpec:
+    """One input or output of a model. ``dtype`` is numpy's name of it (``"float32"``, ``"int64"``, ...)."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxModel:
+    """An ONNX file. ``sha256`` covers the file and its external data."""
+
+    path: Path
+    sha256: str
+    precision: Precision
+    opset: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    axes: Mapping[str, DimRange]
+    external_data: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What a reader of the report should know: passes that declined, islands kept in FP32, ranges clamped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSet:
+    """Samples that may set ranges, and never judge. ``path`` is a folder that `compiler.data.Samples` reads."""
+
+    path: Path
+    samples: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationSet:
+    """Samples that judge, and never set ranges. ``path`` is a folder that `compiler.data.Samples` reads."""
+
+    path: Path
+    samples: int
+    sha256: str
+    labelled: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSets:
+    calibration: CalibrationSet | None
+    validation: ValidationSet
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """What streaming the calibration set through a model left: see `compiler.quantize.observe`."""
+
+    path: Path
+    model_sha256: str
+    data_sha256: str
+    samples: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Range:
+    """Values that a tensor is expected to take, in its own units; both finite, ``low <= high``."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Platform:
+    """Where something was built or measured."""
+
+    os: str
+    arch: str
+    cpu: str
+    cores: int
+    gpu: str | None
+    compute_capability: str | None
+    driver: str | None
+    packages: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """A deployable file. ``sha256`` covers the file and its external data: what is scored is what ships."""
+
+    name: str
+    path: Path
+    sha256: str
+    size_bytes: int
+    backend: str
+    backend_reason: str
+    precision: Precision
+    model_sha256: str
+    platform: Platform
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    axes: Mapping[str, DimRange]
+    build_s: float
+    options: Mapping[str, str] = field(default_factory=dict)
+    external_data: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outputs:
+    """The outputs of the original model on the whole validation set, a `compiler.data.Samples` folder."""
+
+    path: Path
+    sha256: str
+    data_sha256: str
+    samples: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One metric of one engine, paired with the original's on the same samples.
+
+    ``value`` and ``original`` are means over ``samples``; ``change = value - original`` in the metric's own units.
+    For a binary metric (each sample right or wrong), ``lost`` samples were right and became wrong, ``gained`` the
+    other way round; for a continuous one ``change_sd`` is the standard deviation (n - 1) of the paired differences.
+    An agreement metric (cosine, SQNR, top-1 agreement) has no ``original``: it compares the two outputs directly, and
+    ``value_sd`` is the standard deviation of the per-sample values.
+    """
+
+    metric: str
+    value: float
+    original: float | None
+    change: float | None
+    samples: int
+    binary: bool
+    higher_is_better: bool
+    lost: int = 0
+    gained: int = 0
+    change_sd: float | None = None
+    value_sd: float | None = None
+    worst: tuple[int, ...] = ()
+    """Validation indices of up to 20 samples that changed most for the worse."""
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    engine: str
+    engine_sha256: str
+    data_sha256: str
+    scores: tuple[Score, ...]
+    bad_samples: tuple[int, ...] = ()
+    """Validation indices whose outputs hold NaN or Inf where the original's do not; any one fails the engine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency:
+    """Seconds per call of one candidate at one batch size, in measured order.
+
+    ``block_of[i]`` is the interleaved block in which ``samples_s[i]`` was taken.
+    """
+
+    candidate: str
+    batch: int
+    samples_s: tuple[float, ...]
+    block_of: tuple[int, ...]
+    engine_sha256: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latencies:
+    """One interleaved run of the original and every engine."""
+
+    latencies: tuple[Latency, ...]
+    platform: Platform
+    threads: int
+    boundary: str
+    """What one sample includes, in words."""
+    started: str
+    """ISO 8601, UTC."""
+    load_before: float
+    load_after: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateResult:
+    engine: str
+    gate: str
+    """The gate as the recipe states it, in one line."""
+    outcome: Outcome
+    measured: float | None
+    low: float | None
+    high: float | None
+    reason: str
+    samples_needed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    engine: str
+    engine_sha256: str
+    outcome: Outcome
+    gates: tuple[GateResult, ...]
+
+
+class Runner(Protocol):
+    """A model that can be run. ``close`` frees what it holds."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        """Outputs by name. Raises `BuildError` where the feeds do not fit or the runtime fails."""
+
+    def time(self, feeds: Feeds, repeats: int) -> list[float]:
+        """Seconds of each of ``repeats`` synchronised calls, from host arrays to host arrays."""
+
+    def close(self) -> None: ...
+
+
+class OpenModel(Protocol):
+    """Opens an ONNX file for running on this machine; how `export`, `optimize` and `quantize` run models.
+
+    ``optimize=False`` turns off every graph optimisation of the runtime.
+    """
+
+    def __call__(self, path: Path, *, threads: int = 0, optimize: bool = True) -> Runner: ...
+
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called with (done, total) as long work goes on."""
+
+
+def no_progress(done: int, total: int) -> None:
+    """A `Progress` that nobody watches."""
+
+
+class Backend(Protocol):
+    """What a module in `compiler.backends` offers."""
+
+    NAME: str
+    PRECISIONS: frozenset[Precision]
+
+    def unavailable(self) -> str | None:
+        """Why this back end cannot be used here and what to do, or None where it can. Never raises."""
+
+    def fingerprint(self) -> Mapping[str, str]:
+        """What an engine built here depends on besides its model: versions, GPU, driver. Loads nothing heavy."""
+
+    def platform(self) -> Platform: ...
+
+    def build(self, model: OnnxModel, *, name: str, reason: str, threads: int, out_dir: Path) -> Engine: ...
+
+    def open(self, engine: Engine, *, threads: int) -> Runner: ...
+
+
+def dtype_of(spec: TensorSpec) -> np.dtype[Any]:
+    """The numpy dtype of a tensor, bfloat16 and float8 included (through ml_dtypes)."""
+    try:
+        return np.dtype(spec.dtype)
+    except TypeError:
+        import ml_dtypes
+
+        extended: np.dtype[Any] = np.dtype(getattr(ml_dtypes, spec.dtype))
+        return extended
+
+
+def batch_axis(inputs: Sequence[TensorSpec]) -> str | None:
+    """The dynamic axis along which samples are stacked: the first axis of the first input whose first axis is dynamic."""
+    return next((spec.shape[0] for spec in inputs if spec.shape and isinstance(spec.shape[0], str)), None)
