@@ -67,6 +67,8 @@ class OnnxModel:
     outputs: tuple[TensorSpec, ...]
     axes: Mapping[str, DimRange]
     external_data: tuple[Path, ...] = ()
+    probe: Path | None = None
+    """An .npz with one real feed at the optimum of every axis, for checks after a graph was changed."""
     notes: tuple[str, ...] = ()
     """What a reader of the report should know: passes that declined, islands kept in FP32, ranges clamped."""
 
