@@ -1,0 +1,235 @@
+"""A recipe to an ordered list of steps, each with its key; the only place that knows the order and what a key covers.
+
+All keys are known before anything runs, from text and hashes alone: no user code, no heavy library. A key covers the
+stage's own source files, so a changed line in this package is a miss and never a stale hit.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+import compiler
+from compiler import backends, source
+from compiler.pipeline import codec
+from compiler.recipe import EngineSection, Recipe
+from compiler.spec import DataSets, Engine, Latencies, OnnxModel, Outputs, Precision, Scores, Statistics
+
+_SHARED = ("spec.py", "source.py", "data.py", "onnx_files.py", "pipeline/steps.py")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What every step of one kind has in common."""
+
+    result: type
+    sources: tuple[str, ...]
+    """Files and folders of this package whose text is part of the key."""
+    packages: tuple[str, ...]
+    """Distributions whose version is part of the key."""
+    error: str
+    """Class in `compiler.errors` for a child that dies."""
+
+
+_ORT = ("onnxruntime-gpu", "onnxruntime")
+_GRAPH = ("onnx", "onnx-ir", "onnxscript")
+
+STAGES: Mapping[str, Stage] = {
+    "data": Stage(result=DataSets, sources=("data.py",), packages=("numpy",), error="CalibrationError"),
+    "export": Stage(
+        result=OnnxModel,
+        sources=("export.py", "backends/onnxruntime.py"),
+        packages=("torch", "transformers", *_GRAPH, *_ORT),
+        error="ExportError",
+    ),
+    "reference": Stage(
+        result=Outputs, sources=("export.py",), packages=("torch", "transformers", *_ORT), error="ExportError"
+    ),
+    "optimize": Stage(
+        result=OnnxModel,
+        sources=("optimize", "backends/onnxruntime.py"),
+        packages=(*_GRAPH, *_ORT),
+        error="GraphError",
+    ),
+    "observe": Stage(
+        result=Statistics,
+        sources=("quantize/observe.py", "backends/onnxruntime.py"),
+        packages=(*_GRAPH, *_ORT),
+        error="CalibrationError",
+    ),
+    "quantize": Stage(
+        result=OnnxModel,
+        sources=("quantize", "backends/onnxruntime.py"),
+        packages=(*_GRAPH, *_ORT),
+        error="CalibrationError",
+    ),
+    "build": Stage(result=Engine, sources=("backends",), packages=_GRAPH, error="BuildError"),
+    "accuracy": Stage(
+        result=Scores,
+        sources=("validate/accuracy.py", "validate/statistics.py", "metrics.py", "backends"),
+        packages=("numpy",),
+        error="BuildError",
+    ),
+    "latency": Stage(
+        result=Latencies, sources=("validate/latency.py", "export.py", "backends"), packages=("torch",), error="BuildError"
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One call of one stage."""
+
+    id: str
+    stage: str
+    key: str
+    needs: Mapping[str, str]
+    """Name of the input -> id of the step that makes it."""
+    engine: str | None = None
+    """The engine whose branch this step is in; None: every engine needs it."""
+    backend: str | None = None
+    backend_reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Steps in an order in which every step follows what it needs."""
+
+    steps: tuple[Step, ...]
+    run_key: str
+    """Covers every step, the gates and the name: an artifact with this key answers the same question."""
+
+    def step(self, id: str) -> Step:
+        return next(step for step in self.steps if step.id == id)
+
+
+def make(
+    recipe: Recipe,
+    sources: source.Sources,
+    *,
+    machine: Mapping[str, str],
+    memo: MutableMapping[str, Any] | None = None,
+) -> Plan:
+    """Lay out the steps of a recipe.
+
+    Args:
+        recipe: what is asked.
+        sources: the user's files, located.
+        machine: what a latency depends on beside the engines; see `compiler.pipeline.machine`.
+        memo: hashes of files that have not changed since they were last read.
+
+    Raises:
+        BackendUnavailableError: an engine names a back end that this machine lacks.
+    """
+    files = source.fingerprint(sources, memo=memo)
+    steps: list[Step] = []
+
+    def add(stage: str, needs: Mapping[str, str], parts: Mapping[str, Any], engine: EngineSection | None = None) -> str:
+        label = engine.label if engine else None
+        keys = {step.id: step.key for step in steps}
+        declared = STAGES[stage]
+        backend, reason = backends.choose(engine) if engine else (None, "")
+        key = codec.key(
+            {
+                "stage": stage,
+                "code": _code(declared.sources + _SHARED),
+                "packages": _versions(declared.packages),
+                "inputs": {name: keys[id] for name, id in needs.items()},
+                "parts": parts,
+            }
+        )
+        id = f"{stage}:{label}" if label else stage
+        steps.append(
+            Step(id=id, stage=stage, key=key, needs=needs, engine=label, backend=backend, backend_reason=reason)
+        )
+        return id
+
+    plain = recipe.to_dict()
+    interface = {"model": plain["model"], "axes": plain["axes"], "files": files}
+    calibrated = any(engine.precision is not Precision.FP32 for engine in recipe.engines)
+    data = add(
+        "data",
+        {},
+        {
+            "inputs": plain["model"]["inputs"],
+            "axes": plain["axes"],
+            "data": plain["data"],
+            "files": files,
+            "calibrate": [recipe.quantize.samples, recipe.quantize.min_samples] if calibrated else None,
+        },
+    )
+    export = add("export", {}, {**interface, "export": plain["export"]})
+    reference = add("reference", {"data": data}, interface)
+    model = add("optimize", {"model": export}, {"section": plain["optimize"]})
+    observe = ""
+    if calibrated:
+        sizes = {"samples": recipe.quantize.samples, "min_samples": recipe.quantize.min_samples}
+        observe = add("observe", {"model": model, "data": data}, sizes)
+    built = {}
+    for engine in recipe.engines:
+        ready = model
+        if engine.precision is not Precision.FP32:
+            ready = add(
+                "quantize",
+                {"model": model, "data": data, "statistics": observe},
+                {"section": _quantize_section(recipe, engine), "engine": msgspec.to_builtins(engine)},
+                engine,
+            )
+        name, _ = backends.choose(engine)
+        built[engine.label] = add(
+            "build", {"model": ready}, {"backend": name, **backends.get(name).fingerprint()}, engine
+        )
+    for engine in recipe.engines:
+        add(
+            "accuracy",
+            {"engine": built[engine.label], "data": data, "original": reference},
+            {"files": files, "backend": backends.get(backends.choose(engine)[0]).fingerprint()},
+            engine,
+        )
+    add(
+        "latency",
+        {"data": data, **{f"engine:{label}": id for label, id in built.items()}},
+        {**interface, "section": plain["latency"], "machine": machine},
+    )
+    run_key = codec.key({"steps": {step.id: step.key for step in steps}, "gates": plain["gates"], "name": recipe.name})
+    return Plan(steps=tuple(steps), run_key=run_key)
+
+
+def _quantize_section(recipe: Recipe, engine: EngineSection) -> Mapping[str, Any]:
+    """The keys of ``[quantize]`` that this engine's numbers depend on."""
+    section: dict[str, Any] = msgspec.to_builtins(recipe.quantize)
+    if engine.precision is not Precision.INT8:
+        return {}
+    if recipe.quantize.method != "percentile":
+        del section["percentile"]
+    return section
+
+
+@functools.cache
+def _code(parts: tuple[str, ...]) -> str:
+    """SHA-256 over the text of files of this package."""
+    root = Path(compiler.__file__).parent
+    digest = hashlib.sha256()
+    for part in sorted(parts):
+        path = root / part
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+@functools.cache
+def _versions(packages: tuple[str, ...]) -> Mapping[str, str]:
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

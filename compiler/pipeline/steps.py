@@ -1,0 +1,233 @@
+"""What each stage is called with. Runs in a child process, one step per process; imports only what its stage needs.
+
+Here and only here the stages, which are strangers to one another, are handed each other's results and the functions
+that they may not import (`open_model`, the user's metrics, a runner of the original).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compiler import backends, source
+from compiler.errors import BuildEngineError, ExportError
+from compiler.recipe import EngineSection, Recipe
+from compiler.spec import (
+    CalibrationSet,
+    DataSets,
+    Engine,
+    Feeds,
+    Latencies,
+    Latency,
+    OnnxModel,
+    Outputs,
+    Progress,
+    Runner,
+    Scores,
+    Statistics,
+    batch_axis,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One step, ready to run. ``inputs`` holds the results of the steps it needs, by the names in `plan.Step.needs`."""
+
+    stage: str
+    recipe: Recipe
+    base: Path
+    """The recipe's folder; relative paths in the recipe start here."""
+    engine: EngineSection | None
+    backend: str | None
+    backend_reason: str
+    inputs: Mapping[str, Any]
+    out_dir: Path
+    threads: int
+    progress: Progress
+
+    @property
+    def sources(self) -> source.Sources:
+        return source.locate(self.recipe, self.base)
+
+    @property
+    def section(self) -> EngineSection:
+        assert self.engine is not None, f"step of stage {self.stage} without an engine"
+        return self.engine
+
+
+def _data(job: Job) -> DataSets:
+    from compiler import data
+
+    return data.collect(job.recipe, job.sources, out_dir=job.out_dir, progress=job.progress)
+
+
+def _export(job: Job) -> OnnxModel:
+    from compiler import export
+    from compiler.backends.onnxruntime import open_model
+
+    return export.export(
+        job.recipe,
+        job.sources,
+        opset=export.choose_opset(job.recipe),
+        open_model=open_model,
+        out_dir=job.out_dir,
+        progress=job.progress,
+    )
+
+
+def _reference(job: Job) -> Outputs:
+    from compiler import export
+
+    validation = job.inputs["data"].validation
+    return export.reference(
+        job.recipe, job.sources, validation, threads=job.threads, out_dir=job.out_dir, progress=job.progress
+    )
+
+
+def _optimize(job: Job) -> OnnxModel:
+    from compiler.backends.onnxruntime import open_model
+    from compiler.optimize import optimize
+
+    return optimize(
+        job.recipe.optimize, job.inputs["model"], open_model=open_model, out_dir=job.out_dir, progress=job.progress
+    )
+
+
+def _observe(job: Job) -> Statistics:
+    from compiler.backends.onnxruntime import open_model
+    from compiler.quantize import observe
+
+    return observe(
+        job.inputs["model"],
+        _calibration(job),
+        samples=job.recipe.quantize.samples,
+        min_samples=job.recipe.quantize.min_samples,
+        open_model=open_model,
+        threads=job.threads,
+        out_dir=job.out_dir,
+        progress=job.progress,
+    )
+
+
+def _quantize(job: Job) -> OnnxModel:
+    from compiler.backends.onnxruntime import open_model
+    from compiler.quantize import quantize
+
+    return quantize(
+        job.section,
+        job.recipe.quantize,
+        job.inputs["model"],
+        job.inputs["statistics"],
+        _calibration(job),
+        open_model=open_model,
+        threads=job.threads,
+        out_dir=job.out_dir,
+        progress=job.progress,
+    )
+
+
+def _calibration(job: Job) -> CalibrationSet:
+    calibration: CalibrationSet | None = job.inputs["data"].calibration
+    assert calibration is not None, "the plan asks for a calibration set where an engine needs one"
+    return calibration
+
+
+def _build(job: Job) -> Engine:
+    return backends.get(job.backend or "").build(
+        job.inputs["model"],
+        name=job.section.label,
+        reason=job.backend_reason,
+        threads=job.threads,
+        out_dir=job.out_dir,
+    )
+
+
+def _accuracy(job: Job) -> Scores:
+    from compiler.validate import accuracy
+
+    engine: Engine = job.inputs["engine"]
+    measures = user_measures(job.sources)
+    runner = backends.get(engine.backend).open(engine, threads=job.threads)
+    try:
+        return accuracy.score(
+            engine, runner, job.inputs["data"].validation, job.inputs["original"], **measures, progress=job.progress
+        )
+    finally:
+        runner.close()
+
+
+def user_measures(sources: source.Sources) -> dict[str, dict[str, Callable[..., Any]]]:
+    """The three dicts of measures that a model file may define; see `compiler.metrics`."""
+    if sources.data_path is None:
+        return {"metrics": {}, "losses": {}, "agreements": {}}
+    module = source.load_module(sources.data_path)
+    return {name: dict(getattr(module, name, {})) for name in ("metrics", "losses", "agreements")}
+
+
+def _latency(job: Job) -> Latencies:
+    from compiler import export
+    from compiler.data import Samples
+    from compiler.validate import judge, latency
+
+    engines: dict[str, Engine] = {
+        name.removeprefix("engine:"): value for name, value in job.inputs.items() if name.startswith("engine:")
+    }
+    candidates: dict[str, Runner] = {}
+    notes: list[str] = []
+    candidates["eager"] = export.open_original(job.recipe, job.sources, compiled=False, threads=job.threads)
+    samples = Samples(job.inputs["data"].validation.path)
+    axis = batch_axis(job.recipe.inputs)
+
+    def feeds_at(batch: int) -> Feeds:
+        return samples.batch([index % len(samples) for index in range(batch)]) if axis else samples.feeds(0)
+
+    batches = job.recipe.latency.batches or default_batches(job.recipe)
+    if job.recipe.latency.compile:
+        try:
+            compiled = export.open_original(job.recipe, job.sources, compiled=True, threads=job.threads)
+            for batch in batches:
+                compiled.run(feeds_at(batch))
+            candidates["compile"] = compiled
+        except BuildEngineError as exc:
+            notes.append(f"torch.compile is not timed: {exc.message}")
+    for name, engine in engines.items():
+        candidates[name] = backends.get(engine.backend).open(engine, threads=job.threads)
+
+    def undecided(taken: Sequence[Latency]) -> bool:
+        return judge.latency_undecided(job.recipe.gates, tuple(engines.values()), taken)
+
+    return latency.measure(
+        job.recipe.latency,
+        candidates,
+        feeds_at,
+        batches,
+        engine_sha256={name: engine.sha256 for name, engine in engines.items()},
+        platform=backends.get("onnxruntime").platform(),
+        threads=job.threads,
+        undecided=undecided,
+        progress=job.progress,
+        notes=tuple(notes),
+    )
+
+
+def default_batches(recipe: Recipe) -> tuple[int, ...]:
+    """Minimum and optimum of the batch axis; ``(1,)`` where no input has one."""
+    axis = batch_axis(recipe.inputs)
+    if axis is None:
+        return (1,)
+    return tuple(dict.fromkeys((recipe.axes[axis].min, recipe.axes[axis].opt)))
+
+
+RUN: Mapping[str, Callable[[Job], Any]] = {
+    "data": _data,
+    "export": _export,
+    "reference": _reference,
+    "optimize": _optimize,
+    "observe": _observe,
+    "quantize": _quantize,
+    "build": _build,
+    "accuracy": _accuracy,
+    "latency": _latency,
+}
