@@ -1,0 +1,257 @@
+"""ONNX files: read without trusting them, written so that equal models are equal bytes, hashed with their external data.
+
+Why not `onnx.load` alone: the checker lets external data with a NUL in its name or an unknown key through, and says ok
+to local functions that expand to millions of nodes, on which every consumer of the file then hangs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from compiler.errors import ExportError, from_os_error
+from compiler.spec import DimRange, OnnxModel, Precision, TensorSpec
+
+EXTERNAL_ABOVE_BYTES = (1 << 31) - (1 << 26)
+"""Weights above this go to a file of their own: a protobuf message ends at 2 GiB, and the graph needs room beside them."""
+
+MAX_EXPANDED_NODES = 1_000_000
+"""Nodes that a model may have once its local functions are inlined."""
+
+_MAX_FUNCTION_DEPTH = 100
+_EXTERNAL_KEYS = frozenset({"location", "offset", "length", "checksum"})
+
+
+def read(path: Path) -> ir.Model:
+    """The model at ``path``; external data stay in their files, memory-mapped when touched.
+
+    Raises:
+        ExportError: the file is no ONNX model, the checker refuses it, external data lie outside its folder or are
+            not what the model says, or its local functions expand to more than `MAX_EXPANDED_NODES` nodes.
+    """
+    try:
+        onnx.checker.check_model(str(path))
+        proto = onnx.ModelProto.FromString(path.read_bytes())
+    except (onnx.checker.ValidationError, DecodeError, RuntimeError, OSError) as exc:
+        raise ExportError(f"{path}: {_first_line(exc)}; a valid ONNX model was expected. Export it again.") from exc
+    for name, tensor in _external_tensors(proto):
+        _check_external(path, name, tensor)
+    expanded = _expanded_nodes(path, proto)
+    if expanded > MAX_EXPANDED_NODES:
+        raise ExportError(
+            f"{path}: its local functions expand to {expanded:,} nodes; at most {MAX_EXPANDED_NODES:,} were expected. "
+            "Export it without nested functions."
+        )
+    try:
+        model: ir.Model = ir.from_proto(proto)
+    except (ir.serde.SerdeError, NotImplementedError, ValueError, TypeError) as exc:
+        raise ExportError(f"{path}: {_first_line(exc)}; a valid ONNX model was expected. Export it again.") from exc
+    ir.external_data.set_base_dir(model.graph, path.parent)
+    return model
+
+
+def write(model: ir.Model, path: Path, *, external_above: int = EXTERNAL_ABOVE_BYTES) -> tuple[str, tuple[Path, ...]]:
+    """Write ``model``, its weights inside unless they exceed ``external_above`` bytes; the same model, the same bytes.
+
+    The model in memory is left as it was. Returns the SHA-256 (see `sha256_of`) and the external files: none, or
+    ``<name>.data`` beside the model.
+
+    Raises:
+        ArtifactError: the folder cannot be written.
+    """
+    values = [value for graph in model.graphs() for value in graph.initializers.values()]
+    tensors = [value.const_value for value in values]
+    data = path.with_name(path.name + ".data")
+    external = sum(tensor.nbytes for tensor in tensors if tensor is not None) > external_above
+    try:
+        if external:
+            ir.external_data.unload_from_model(model, path.parent, data.name, size_threshold_bytes=1023)
+        else:
+            for value, tensor in zip(values, tensors, strict=True):
+                if isinstance(tensor, ir.ExternalTensor):
+                    value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+        path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+    except OSError as exc:
+        raise from_os_error(exc, path) from exc
+    finally:
+        for value, tensor in zip(values, tensors, strict=True):
+            value.const_value = tensor
+    files = external_files(path) if external else ()
+    return sha256_of(path, files), files
+
+
+def sha256_of(path: Path, external_data: Sequence[Path] = ()) -> str:
+    """SHA-256 of a model: of the file alone, or, with external data, of the lines that ``sha256sum`` prints for them."""
+    own = _file_sha256(path)
+    if not external_data:
+        return own
+    lines = [f"{own}  {path.name}\n"]
+    lines += [f"{_file_sha256(file)}  {file.relative_to(path.parent)}\n" for file in external_data]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def external_files(path: Path) -> tuple[Path, ...]:
+    """The files beside ``path`` that hold its tensors, sorted; whether they are safe to open is for `read` to say."""
+    proto = onnx.ModelProto.FromString(path.read_bytes())
+    locations = {_external_entries(tensor).get("location", "") for _, tensor in _external_tensors(proto)}
+    return tuple(path.parent / location for location in sorted(locations))
+
+
+def specs(model: ir.Model) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Inputs and outputs in the model's order. An input that an initialiser fills is none; an axis that has neither
+    size nor name is ``"?"``.
+
+    Raises:
+        ExportError: an input or output is not a tensor, or its dtype or rank is unknown.
+    """
+    inputs = [value for value in model.graph.inputs if value.name not in model.graph.initializers]
+    return (
+        tuple(_spec(value, "input") for value in inputs),
+        tuple(_spec(value, "output") for value in model.graph.outputs),
+    )
+
+
+def describe(
+    path: Path,
+    *,
+    precision: Precision,
+    axes: Mapping[str, DimRange],
+    probe: Path | None = None,
+    notes: Sequence[str] = (),
+) -> OnnxModel:
+    """The noun for the model at ``path``, read (and so checked) and hashed again.
+
+    Raises:
+        ExportError: see `read` and `specs`.
+    """
+    model = read(path)
+    inputs, outputs = specs(model)
+    external = external_files(path)
+    return OnnxModel(
+        path=path,
+        sha256=sha256_of(path, external),
+        precision=precision,
+        opset=model.opset_imports.get("", 0),
+        inputs=inputs,
+        outputs=outputs,
+        axes=dict(axes),
+        external_data=external,
+        probe=probe,
+        notes=tuple(notes),
+    )
+
+
+def _spec(value: ir.Value, kind: str) -> TensorSpec:
+    if not isinstance(value.type, ir.TensorType) or value.shape is None:
+        found = "has no known rank" if value.type is None or isinstance(value.type, ir.TensorType) else "is no tensor"
+        raise ExportError(f"{kind} '{value.name}': {found}; a tensor of known dtype and rank was expected. Declare it.")
+    shape = tuple(dim if isinstance(dim, int) else dim.value or "?" for dim in value.shape)
+    return TensorSpec(name=value.name or "", dtype=value.type.dtype.numpy().name, shape=shape)
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _first_line(exc: Exception) -> str:
+    text = str(exc).strip() or type(exc).__name__
+    return text.splitlines()[0].rstrip(".")
+
+
+# --- external data --------------------------------------------------------------------------------------------------
+
+
+def _external_tensors(proto: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorProto]]:
+    """Every tensor of the file that claims external data, wherever it hides, with the name to complain about."""
+    graphs = [proto.graph]
+    nodes = [node for function in proto.functions for node in function.node]
+    while graphs or nodes:
+        tensors: list[onnx.TensorProto] = []
+        if graphs:
+            graph = graphs.pop()
+            nodes.extend(graph.node)
+            tensors += graph.initializer
+            tensors += (part for sparse in graph.sparse_initializer for part in (sparse.values, sparse.indices))
+        else:
+            for attribute in nodes.pop().attribute:
+                graphs += (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs
+                tensors += (attribute.t, *attribute.tensors)
+                for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                    tensors += (sparse.values, sparse.indices)
+        for tensor in tensors:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+                yield tensor.name, tensor
+
+
+def _external_entries(tensor: onnx.TensorProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in tensor.external_data}
+
+
+def _check_external(path: Path, name: str, tensor: onnx.TensorProto) -> None:
+    """Refuse what the checker lets pass: see `read`."""
+    entries = _external_entries(tensor)
+    where = f"{path}: tensor '{name}'"
+
+    def refuse(found: str) -> ExportError:
+        return ExportError(f"{where}: {found}; a plain file in the model's own folder was expected. Export it again.")
+
+    location = entries.get("location", "")
+    if unknown := sorted(entries.keys() - _EXTERNAL_KEYS):
+        raise refuse(f"external data with an unknown key {unknown[0]!r}")
+    if not location or not location.isprintable():
+        raise refuse(f"external data at {location!r}")
+    folder = path.parent.resolve()
+    file = folder / location
+    if Path(location).is_absolute() or ".." in Path(location).parts or file.resolve() != file:
+        raise refuse(f"external data at {location!r}, which leaves the folder or is a link")
+    if not file.is_file() or file.stat().st_nlink != 1:
+        raise refuse(f"external data at {location!r}, which is missing or has more than one name")
+    numbers = [entries.get("offset", "0"), entries.get("length", "0")]
+    if not all(number.isdecimal() and len(number) < 16 for number in numbers):
+        raise refuse(f"external data with offset {numbers[0][:20]!r} and length {numbers[1][:20]!r}")
+    elements = 1
+    for dim in tensor.dims:
+        elements *= dim
+    needed = (elements * ir.DataType(tensor.data_type).bitwidth + 7) // 8
+    offset, length = int(numbers[0]), int(entries.get("length", needed))
+    if length != needed or offset + length > file.stat().st_size:
+        raise refuse(
+            f"{needed} bytes at offset {offset} of {location!r}, which has {file.stat().st_size}, with length {length}"
+        )
+
+
+# --- local functions ------------------------------------------------------------------------------------------------
+
+
+def _expanded_nodes(path: Path, proto: onnx.ModelProto) -> int:
+    """How many nodes the model has after every local function is inlined; counted, not expanded."""
+    functions = {(function.domain, function.name, function.overload): function for function in proto.functions}
+    sizes: dict[tuple[str, str, str], int] = {}
+
+    def count(nodes: Sequence[onnx.NodeProto], depth: int) -> int:
+        if depth > _MAX_FUNCTION_DEPTH:
+            raise ExportError(
+                f"{path}: functions and subgraphs nested more than {_MAX_FUNCTION_DEPTH} deep, or calling themselves; "
+                "fewer were expected. Export it without nested functions."
+            )
+        total = 0
+        for node in nodes:
+            key = (node.domain, node.op_type, node.overload)
+            if key in functions:
+                if key not in sizes:
+                    sizes[key] = count(functions[key].node, depth + 1)
+                total += sizes[key]
+            else:
+                total += 1
+            for attribute in node.attribute:
+                graphs = [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs
+                total += sum(count(graph.node, depth + 1) for graph in graphs)
+        return total
+
+    return count(proto.graph.node, 0)
