@@ -233,8 +233,27 @@ class Latencies:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Speed:
+    """A candidate's latencies at one batch size in a few numbers; None where there are too few samples for one."""
+
+    candidate: str
+    batch: int
+    samples: int
+    p50_ms: float | None
+    p90_ms: float | None
+    p99_ms: float | None
+    per_s: float
+    """Samples (not calls) per second at the median."""
+    speedup: float | None = None
+    """Median over blocks of (the original's p50 / this candidate's p50); the bounds are its 95 % bootstrap interval."""
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class GateResult:
     engine: str
+    metric: str = ""
     gate: str
     """The gate as the recipe states it, in one line."""
     outcome: Outcome

@@ -1,0 +1,115 @@
+"""What a person sees while a build runs and when it ends. Everything here goes to standard error; see `session`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from compiler.pipeline.plan import Plan, Step
+from compiler.pipeline.run import StepRecord
+
+_TITLES = {
+    "data": "read the data",
+    "export": "export to ONNX",
+    "reference": "run the original",
+    "optimize": "optimise the graph",
+    "observe": "calibrate",
+    "quantize": "convert",
+    "build": "build",
+    "accuracy": "score",
+    "latency": "time",
+}
+_STYLES = {"pass": "green", "fail": "bold red", "inconclusive": "yellow"}
+
+
+def title(step: Step) -> str:
+    """A step in words: ``build int8``."""
+    return f"{_TITLES[step.stage]} {step.engine}" if step.engine else _TITLES[step.stage]
+
+
+class ConsoleWatcher:
+    """A bar per running step on a terminal, a line per finished step anywhere."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[counted]}"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> ConsoleWatcher:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def started(self, step: Step) -> None:
+        self._task = self._bars.add_task(f"{title(step):<24}", total=None, counted="")
+
+    def progressed(self, step: Step, done: int, total: int) -> None:
+        if self._task is not None:
+            self._bars.update(self._task, completed=done, total=total, counted=f"{done}/{total}")
+
+    def finished(self, step: Step, record: StepRecord) -> None:
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+            self._task = None
+        if record.error is not None:
+            mark, detail = Text("✗", style="bold red"), "failed"
+        elif record.hit:
+            mark, detail = Text("=", style="dim"), "from the store"
+        else:
+            memory = f"  {record.peak_mib:,} MiB" if record.peak_mib else ""
+            mark, detail = Text("✓", style="green"), f"{record.seconds:6.1f} s{memory}"
+        self._console.print(Text.assemble(mark, f" {title(step):<24} ", (detail, "dim")))
+
+    def waiting(self, holder: str) -> None:
+        self._console.print(Text(f"  waiting for another build ({holder}) that runs the same step", style="dim"))
+
+
+def make() -> Console:
+    return Console(file=sys.stderr, highlight=False, soft_wrap=not sys.stderr.isatty())
+
+
+def show_plan(console: Console, plan: Plan, hits: Mapping[str, bool]) -> None:
+    """Every step with its key and whether the store has it."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("step", "store", "key", "needs"):
+        table.add_column(heading, overflow="fold")
+    for step in plan.steps:
+        state = Text("hit", style="green") if hits[step.id] else Text("miss", style="yellow")
+        table.add_row(step.id, state, step.key[:16], ", ".join(dict.fromkeys(step.needs.values())))
+    console.print(table)
+
+
+def show_report(console: Console, report: Mapping[str, Any], headings: tuple[str, ...], rows: list[list[str]]) -> None:
+    """The table of engines, then every gate that did not pass, then what to know."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in headings:
+        table.add_column(heading, overflow="fold", justify="left" if heading in ("engine", "verdict") else "right")
+    for row in rows:
+        *cells, verdict = row
+        table.add_row(*cells, Text(verdict, style=_STYLES.get(verdict, "")))
+    console.print()
+    console.print(table)
+    for engine in report["engines"]:
+        for gate in engine["gates"]:
+            if gate["outcome"] != "pass":
+                style = _STYLES[gate["outcome"]]
+                console.print(Text.assemble((f"{gate['outcome']}: ", style), f"{engine['name']}: {gate['reason']}"))
+    for failure in report["failures"]:
+        console.print(Text.assemble(("failed: ", "bold red"), f"{failure['engine']}: {failure['message']}"))
