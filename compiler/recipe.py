@@ -318,7 +318,7 @@ def _decode_table(value: Any, kind: type[Struct], path: tuple[str | int, ...], p
     fields = {field.name: field for field in msgspec.structs.fields(kind)}
     before = len(problems)
     problems.extend(
-        _Problem((*path, key), f"unknown key; {_nearest(key, fields)}.") for key in value if key not in fields
+        _Problem((*path, key), f"unknown key; {_nearest(key, fields)}") for key in value if key not in fields
     )
     decoded = {}
     for name, field in fields.items():
@@ -332,7 +332,7 @@ def _decode_table(value: Any, kind: type[Struct], path: tuple[str | int, ...], p
 def _nearest(word: str, choices: Iterator[str] | Mapping[str, Any] | Sequence[str]) -> str:
     known = list(choices)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"did you mean '{close[0]}'?" if close else f"expected one of {', '.join(sorted(known))}"
+    return f"did you mean '{close[0]}'?" if close else f"expected one of {', '.join(sorted(known))}."
 
 
 def _show(value: Any) -> str:
@@ -408,7 +408,7 @@ def _check_inputs(recipe: Recipe) -> Iterator[_Problem]:
             yield _Problem(
                 ("model", "weights"), f"found {recipe.model.weights!r}; a .safetensors, .pt or .pth file was expected."
             )
-    if kind != "file" and recipe.data.source is None:
+    if kind not in ("file", None) and recipe.data.source is None:
         yield _Problem(
             ("data", "source"),
             "missing; the model's source has no calibration() and validation(). Name a Python file that has.",
@@ -423,8 +423,8 @@ def _check_axes(recipe: Recipe) -> Iterator[_Problem]:
         for dim in section.shape:
             if isinstance(dim, str) and dim not in recipe.axes:
                 hint = f" Add [axes] {dim} = {{ min = 1, opt = 8, max = 64 }}." if dim.isidentifier() else ""
-                problem = _nearest(dim, list(recipe.axes)) if recipe.axes else "[axes] is empty"
-                yield _Problem(("model", "inputs", name, "shape"), f"axis '{dim}' is not in [axes]; {problem}.{hint}")
+                problem = _nearest(dim, list(recipe.axes)) if recipe.axes else "[axes] is empty."
+                yield _Problem(("model", "inputs", name, "shape"), f"axis '{dim}' is not in [axes]; {problem}{hint}")
     for name, axis in recipe.axes.items():
         where = ("axes", name)
         if not name.isidentifier():
@@ -489,7 +489,7 @@ def _check_gates(recipe: Recipe) -> Iterator[_Problem]:
                 (*where, "max_drop"), f"'{gate.metric}' compares with the original already; min or max was expected."
             )
         if gate.engine != "*" and not fnmatch.filter(names, gate.engine):
-            yield _Problem((*where, "engine"), f"no engine is named '{gate.engine}'; {_nearest(gate.engine, names)}.")
+            yield _Problem((*where, "engine"), f"no engine is named '{gate.engine}'; {_nearest(gate.engine, names)}")
         if gate.batch is not None and gate.metric not in SPEED_METRICS:
             yield _Problem((*where, "batch"), f"'{gate.metric}' does not depend on the batch size. Remove it.")
         if gate.against != "original" and gate.metric not in ("speedup_p50", "size_ratio"):
@@ -497,7 +497,7 @@ def _check_gates(recipe: Recipe) -> Iterator[_Problem]:
         elif gate.against not in ("original", "eager", "compile", *names):
             yield _Problem(
                 (*where, "against"),
-                f"found '{gate.against}'; {_nearest(gate.against, ['original', 'eager', 'compile', *names])}.",
+                f"found '{gate.against}'; {_nearest(gate.against, ['original', 'eager', 'compile', *names])}",
             )
 
 
@@ -597,13 +597,15 @@ def _locate(
         return f"--set {'.'.join(str(part) for part in where)}: {problem.text}"
     known = next((where[:size] for size in range(len(where), -1, -1) if where[:size] in lines), ())
     line = lines.get(known, 1)
-    names = [str(part) if isinstance(part, str) else f"#{part + 1}" for part in where]
-    if not names:
-        return f"{path}:{line}: {problem.text}"
-    if len(names) == 1:
-        return f"{path}:{line}: {names[0]}: {problem.text}"
-    table = ".".join(names[:-1]).replace(".#", " #")
-    return f"{path}:{line}: [{table}] {names[-1]}: {problem.text}"
+    names: list[str] = []
+    for part in where:
+        if isinstance(part, int):
+            names[-1] += f" #{part + 1}"
+        else:
+            names.append(part)
+    key = "" if where and isinstance(where[-1], int) or not names else names.pop()
+    table = f"[{'.'.join(names)}]" if names else ""
+    return f"{path}:{line}: {' '.join(word for word in (table, key) if word)}: {problem.text}"
 
 
 def dims(shape: Sequence[Dim]) -> str:

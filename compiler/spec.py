@@ -56,6 +56,17 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Interface:
+    """What running a model file once shows of it."""
+
+    inputs: tuple[TensorSpec, ...]
+    axes: Mapping[str, DimRange]
+    metrics: tuple[str, ...]
+    calibrated: bool
+    """Whether the file defines ``calibration()``."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OnnxModel:
     """An ONNX file. ``sha256`` covers the file and its external data."""
 

@@ -10,17 +10,17 @@ import functools
 import hashlib
 import importlib.metadata
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 import compiler
-from compiler import backends, source
-from compiler.pipeline import codec
+from compiler import backends, codec, source
+
 from compiler.recipe import EngineSection, Recipe
-from compiler.spec import DataSets, Engine, Latencies, OnnxModel, Outputs, Precision, Scores, Statistics
+from compiler.spec import DataSets, Engine, Interface, Latencies, OnnxModel, Outputs, Precision, Scores, Statistics
 
 _SHARED = ("spec.py", "source.py", "data.py", "onnx_files.py", "pipeline/steps.py")
 
@@ -77,8 +77,12 @@ STAGES: Mapping[str, Stage] = {
         packages=("numpy",),
         error="BuildError",
     ),
+    "inspect": Stage(result=Interface, sources=("starter.py",), packages=(), error="ExportError"),
     "latency": Stage(
-        result=Latencies, sources=("validate/latency.py", "export.py", "backends"), packages=("torch",), error="BuildError"
+        result=Latencies,
+        sources=("validate/latency.py", "export.py", "backends"),
+        packages=("torch",),
+        error="BuildError",
     ),
 }
 
@@ -200,6 +204,23 @@ def make(
     )
     run_key = codec.key({"steps": {step.id: step.key for step in steps}, "gates": plain["gates"], "name": recipe.name})
     return Plan(steps=tuple(steps), run_key=run_key)
+
+
+def for_engines(plan: Plan, engines: Mapping[str, Engine]) -> Plan:
+    """The part of a plan that validates engine files which exist already; their ``build`` steps are to be adopted."""
+    keys: dict[str, str] = {}
+    steps = []
+    for step in plan.steps:
+        if step.stage in ("export", "optimize", "observe", "quantize"):
+            continue
+        if step.stage == "build":
+            step = replace(step, key=codec.key({"adopted": engines[step.engine or ""].sha256}), needs={})
+        elif step.stage in ("accuracy", "latency"):
+            inputs = {name: keys[id] for name, id in step.needs.items()}
+            step = replace(step, key=codec.key({"validated": step.key, "inputs": inputs}))
+        keys[step.id] = step.key
+        steps.append(step)
+    return Plan(steps=tuple(steps), run_key=plan.run_key)
 
 
 def _quantize_section(recipe: Recipe, engine: EngineSection) -> Mapping[str, Any]:

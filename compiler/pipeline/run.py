@@ -9,24 +9,26 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from compiler import errors
+from compiler import codec, errors
 from compiler.errors import BuildEngineError
-from compiler.pipeline import codec
 from compiler.pipeline.plan import STAGES, Plan, Step
 from compiler.pipeline.store import Store
 from compiler.pipeline.worker import RESULT
-from compiler.recipe import Recipe
+from compiler.recipe import ModelSection, Recipe
+from compiler.spec import Engine, Interface
 
+TOOK = "took.json"
 _LOG_LINES_SHOWN = 5
 _GRACE_S = 3.0
 """Seconds between asking a child to end and ending it."""
@@ -136,31 +138,21 @@ def _fulfil(
     with store.fill(key, waiting=watcher.waiting) as filling:
         if filling.hit is None:
             began = time.monotonic()
+            inputs = {
+                name: {"stage": plan.step(id).stage, "folder": str(finished.folders[id])} for name, id in needs.items()
+            }
             peak_mib = _run_child(
                 step,
-                {
-                    "stage": step.stage,
-                    "recipe": recipe.to_dict(),
-                    "base": str(base),
-                    "engine": step.engine,
-                    "backend": step.backend,
-                    "backend_reason": step.backend_reason,
-                    "inputs": {
-                        name: {"stage": plan.step(id).stage, "folder": str(finished.folders[id])}
-                        for name, id in needs.items()
-                    },
-                    "out_dir": str(filling.folder),
-                    "threads": threads,
-                    "parent": os.getpid(),
-                },
+                _job(step, recipe, base, inputs, filling.folder, threads=threads),
+                store,
                 store.log_path(key),
                 watcher,
             )
             took = {"seconds": round(time.monotonic() - began, 3), "peak_mib": peak_mib}
-            (filling.folder / "took.json").write_text(json.dumps(took))
+            (filling.folder / TOOK).write_text(json.dumps(took))
     folder = filling.published
     value = codec.load((folder / RESULT).read_bytes(), STAGES[step.stage].result, folder)
-    took = json.loads((folder / "took.json").read_text())
+    took = json.loads((folder / TOOK).read_text())
     record = StepRecord(
         id=step.id, key=key, hit=filling.hit is not None, seconds=took["seconds"], peak_mib=took["peak_mib"]
     )
@@ -170,7 +162,25 @@ def _fulfil(
     watcher.finished(step, record)
 
 
-def _run_child(step: Step, job: dict[str, Any], log_path: Path, watcher: Watcher) -> int | None:
+def _job(
+    step: Step, recipe: Recipe, base: Path, inputs: Mapping[str, Any], out_dir: Path, *, threads: int
+) -> dict[str, Any]:
+    """What `compiler.pipeline.worker` is given."""
+    return {
+        "stage": step.stage,
+        "recipe": recipe.to_dict(),
+        "base": str(base),
+        "engine": step.engine,
+        "backend": step.backend,
+        "backend_reason": step.backend_reason,
+        "inputs": inputs,
+        "out_dir": str(out_dir),
+        "threads": threads,
+        "parent": os.getpid(),
+    }
+
+
+def _run_child(step: Step, job: dict[str, Any], store: Store, log_path: Path, watcher: Watcher) -> int | None:
     """Run one step in a child; returns its peak resident memory in MiB."""
     end: dict[str, Any] | None = None
     with tempfile.TemporaryDirectory(prefix="build-engine-") as scratch, log_path.open("wb") as log:
@@ -191,6 +201,7 @@ def _run_child(step: Step, job: dict[str, Any], log_path: Path, watcher: Watcher
                 "TOKENIZERS_PARALLELISM": "false",
                 "HF_HUB_DISABLE_TELEMETRY": "1",
                 "TMPDIR": scratch,
+                "TORCHINDUCTOR_CACHE_DIR": str(store.root / "torchinductor"),
             },
         )
         os.close(writer)
@@ -244,7 +255,38 @@ def _end_group(child: subprocess.Popen[bytes]) -> None:
     child.wait()
 
 
+def adopt(engine: Engine, folder: Path) -> None:
+    """Fill the folder of a ``build`` step with an engine that exists already."""
+    moved = {path: folder / path.name for path in (engine.path, *engine.external_data)}
+    for path, target in moved.items():
+        shutil.copyfile(path, target)
+    external = tuple(moved[path] for path in engine.external_data)
+    copy = replace(engine, path=moved[engine.path], external_data=external)
+    (folder / RESULT).write_bytes(codec.dump(copy, folder))
+    (folder / TOOK).write_text(json.dumps({"seconds": 0.0, "peak_mib": None}))
+
+
+def inspect(model: Path) -> Interface:
+    """Run a model file once, in a child, and see what its inputs are; see `compiler.starter`."""
+    recipe = Recipe(name="init", model=ModelSection(source=model.name, inputs={}))
+    step = Step(id="inspect", stage="inspect", key="", needs={})
+    with Store.temporary() as store:
+        folder = store.root / "inspect"
+        folder.mkdir()
+        job = _job(step, recipe, model.absolute().parent, {}, folder, threads=usable_threads())
+        _run_child(step, job, store, store.root / "inspect.log", _Unwatched())
+        return codec.load((folder / RESULT).read_bytes(), Interface, folder)
+
+
+class _Unwatched:
+    """A `Watcher` for a step that nobody needs to see."""
+
+    def started(self, step: Step) -> None: ...
+    def progressed(self, step: Step, done: int, total: int) -> None: ...
+    def finished(self, step: Step, record: StepRecord) -> None: ...
+    def waiting(self, holder: str) -> None: ...
+
+
 def usable_threads() -> int:
     """CPU threads that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from compiler import backends, source
-from compiler.errors import BuildEngineError, ExportError
+from compiler.errors import BuildEngineError
 from compiler.recipe import EngineSection, Recipe
 from compiler.spec import (
     CalibrationSet,
     DataSets,
     Engine,
     Feeds,
+    Interface,
     Latencies,
     Latency,
     OnnxModel,
@@ -220,6 +221,13 @@ def default_batches(recipe: Recipe) -> tuple[int, ...]:
     return tuple(dict.fromkeys((recipe.axes[axis].min, recipe.axes[axis].opt)))
 
 
+def _inspect(job: Job) -> Interface:
+    from compiler import starter
+
+    assert job.sources.model_path is not None
+    return starter.inspect(job.sources.model_path)
+
+
 RUN: Mapping[str, Callable[[Job], Any]] = {
     "data": _data,
     "export": _export,
@@ -230,4 +238,5 @@ RUN: Mapping[str, Callable[[Job], Any]] = {
     "build": _build,
     "accuracy": _accuracy,
     "latency": _latency,
+    "inspect": _inspect,
 }

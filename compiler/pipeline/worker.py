@@ -21,8 +21,8 @@ from typing import Any, TextIO
 
 import msgspec
 
+from compiler import codec
 from compiler.errors import BuildEngineError, from_os_error
-from compiler.pipeline import codec
 from compiler.recipe import Recipe
 
 RESULT = "result.json"

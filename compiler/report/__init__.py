@@ -14,7 +14,18 @@ import msgspec
 from compiler.spec import DataSets, Engine, Latencies, Outcome, Platform, Scores, Speed, Verdict
 
 SCHEMA = 1
-HEADINGS = ("engine", "precision", "MiB", "metric", "change [bounds]", "batch", "p50 ms", "p99 ms", "speed-up", "verdict")
+HEADINGS = (
+    "engine",
+    "precision",
+    "MiB",
+    "metric",
+    "change [bounds]",
+    "batch",
+    "p50 ms",
+    "p99 ms",
+    "speed-up",
+    "verdict",
+)
 
 
 def assemble(
@@ -60,7 +71,10 @@ def assemble(
         "run_key": run_key,
         "finished": finished,
         "platform": _plain(platform),
-        "original": {**original, "speeds": [_plain(s) for s in speeds if s.candidate in ("eager", "compile", "control")]},
+        "original": {
+            **original,
+            "speeds": [_plain(s) for s in speeds if s.candidate in ("eager", "compile", "control")],
+        },
         "data": {
             "calibration": _set(data.calibration),
             "validation": _set(data.validation),
@@ -180,12 +194,18 @@ def markdown(report: Mapping[str, Any]) -> str:
     validation, calibration = report["data"]["validation"], report["data"]["calibration"]
     lines.append(f"- Validation: {validation['samples']} samples, SHA-256 `{validation['sha256']}`.")
     if calibration:
-        lines.append(f"- Calibration: {calibration['samples']} samples, SHA-256 `{calibration['sha256']}`; none is shared.")
-    lines.append("- A fixed validation set bounds the error over samples like these, not over what you will meet later.")
+        lines.append(
+            f"- Calibration: {calibration['samples']} samples, SHA-256 `{calibration['sha256']}`; none is shared."
+        )
+    lines.append(
+        "- A fixed validation set bounds the error over samples like these, not over what you will meet later."
+    )
     platform = report["platform"]
     packages = ", ".join(f"{name} {version}" for name, version in sorted(platform["packages"].items()))
     gpu = f", {platform['gpu']}" if platform["gpu"] else ", no GPU"
-    lines.append(f"- Platform: {_escape(platform['cpu'])}, {platform['cores']} cores{gpu}, {platform['os']} {platform['arch']}; {packages}.")
+    lines.append(
+        f"- Platform: {_escape(platform['cpu'])}, {platform['cores']} cores{gpu}, {platform['os']} {platform['arch']}; {packages}."
+    )
     latency = report["latency"]
     if latency:
         lines.append(
@@ -195,11 +215,15 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines += [f"- {_escape(note)}" for note in _notes(report)]
     lines += ["", "## Engines", ""]
     for engine in report["engines"]:
-        lines.append(f"- `{_escape(engine['name'])}`: {engine['backend']} ({_escape(engine['backend_reason'])}), SHA-256 `{engine['sha256']}`")
+        lines.append(
+            f"- `{_escape(engine['name'])}`: {engine['backend']} ({_escape(engine['backend_reason'])}), SHA-256 `{engine['sha256']}`"
+        )
         lines += [f"  - {_escape(note)}" for note in engine["notes"]]
     lines += ["", "## Steps", "", "| step | seconds | peak MiB | from the store |", "|---|---|---|---|"]
     for step in report["steps"]:
-        lines.append(f"| {_escape(step['id'])} | {step['seconds']:.1f} | {step['peak_mib'] or ''} | {'yes' if step['hit'] else ''} |")
+        lines.append(
+            f"| {_escape(step['id'])} | {step['seconds']:.1f} | {step['peak_mib'] or ''} | {'yes' if step['hit'] else ''} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -213,5 +237,3 @@ def _escape(text: str) -> str:
     for character, safe in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "\\`")):
         text = text.replace(character, safe)
     return " ".join(text.split())
-
-

