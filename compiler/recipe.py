@@ -603,7 +603,7 @@ def _locate(
             names[-1] += f" #{part + 1}"
         else:
             names.append(part)
-    key = "" if where and isinstance(where[-1], int) or not names else names.pop()
+    key = "" if (where and isinstance(where[-1], int)) or not names else names.pop()
     table = f"[{'.'.join(names)}]" if names else ""
     return f"{path}:{line}: {' '.join(word for word in (table, key) if word)}: {problem.text}"
 

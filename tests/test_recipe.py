@@ -59,8 +59,7 @@ def test_every_mistake_is_named_at_once_with_its_line(tmp_path: Path) -> None:
     assert _error(tmp_path, text).splitlines() == [
         "r.toml:4: [model] sorce: unknown key; did you mean 'source'?",
         "r.toml:3: [model] source: missing; it has no default. Add it.",
-        "r.toml:8: [model.inputs.x] dtype: found 'flot32'; expected one of float32, float64, float16, int64, int32, int16, "
-        "int8, uint8, bool. Did you mean 'float32'?",
+        "r.toml:8: [model.inputs.x] dtype: found 'flot32'; expected one of float32, float64, float16, int64, int32, int16, int8, uint8, bool. Did you mean 'float32'?",
         "r.toml:11: [axes] batch: found a table at opt; expected a whole number.",
         "r.toml:14: [engines #1] precision: found 'fp61'; expected one of fp32, fp16, bf16, int8. Did you mean 'fp16'?",
         "r.toml:18: [engines #2] keep: found 'a'; expected a list.",
