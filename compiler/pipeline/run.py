@@ -188,7 +188,7 @@ def _run_child(step: Step, job: dict[str, Any], store: Store, log_path: Path, wa
         job_file = Path(scratch) / "job.json"
         job_file.write_text(json.dumps({**job, "report_fd": writer}))
         child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "compiler.pipeline.worker", str(job_file)],
+            [sys.executable, "-P", "-X", "faulthandler", "-m", "compiler.pipeline.worker", str(job_file)],
             pass_fds=[writer],
             stdin=subprocess.DEVNULL,
             stdout=log,

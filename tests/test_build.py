@@ -1,0 +1,258 @@
+"""The main job from the command line, as a user meets it: verdicts, exit codes, reruns, interruptions, bad model files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import compiler
+from tests.conftest import Workshop
+
+Change = Callable[[str, str, str], None]
+
+
+def test_a_recipe_becomes_a_verified_engine_that_runs_without_pytorch(workshop: Workshop) -> None:
+    done = workshop.run("points.toml")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"int8 +int8 +0\.0\d +top1 0\.\d+ +[-+]0\.\d+ \[", done.stderr)
+    assert "pass: dist/points" in done.stderr
+    report = workshop.report()
+    assert report["outcome"] == "pass"
+    assert [engine["name"] for engine in report["engines"]] == ["fp32", "int8"]
+    assert all(score["samples"] == 600 for engine in report["engines"] for score in engine["scores"])
+    assert report["data"]["calibration"]["samples"] == 64
+
+    runner = compiler.load(workshop.folder / "dist/points", engine="int8")
+    assert runner.run({"x": np.zeros((3, 16), np.float32)})["logits"].shape == (3, 10)
+
+
+def test_an_unchanged_rerun_only_checks_and_a_changed_gate_only_judges(workshop: Workshop) -> None:
+    workshop.run("points.toml")
+    again = workshop.run("points.toml")
+    assert again.returncode == 0
+    assert "unchanged since" in again.stderr
+    assert "from the store" not in again.stderr
+    stricter = workshop.run("points.toml", "--set", "gates.0.max_drop=0.09")
+    assert stricter.returncode == 0
+    assert stricter.stderr.count("from the store") == 9 == len(workshop.report()["steps"])
+
+
+def test_only_what_depends_on_a_changed_key_is_run_again(workshop: Workshop) -> None:
+    workshop.run("points.toml")
+
+    def missed(*changes: str) -> set[str]:
+        arguments = [argument for change in changes for argument in ("--set", change)]
+        shown = workshop.run("points.toml", "--plan", *arguments)
+        assert shown.returncode == 0, shown.stderr
+        return {line.split()[0] for line in shown.stderr.splitlines() if " miss " in line}
+
+    int8 = {"quantize:int8", "build:int8", "accuracy:int8", "latency"}
+    everything = {"data", "export", "reference", "optimize", "observe", "build:fp32", "accuracy:fp32"} | int8
+    assert missed() == set()
+    assert missed("gates.0.max_drop=0.5", "gates.0.confidence=0.9") == set()
+    assert missed("quantize.method=minmax") == int8
+    assert missed("quantize.percentile=99.0") == set()
+    assert missed("quantize.method=percentile", "quantize.percentile=99.0") == int8
+    assert missed("engines.1.keep=['*first*']") == int8
+    assert missed("latency.blocks=6") == {"latency"}
+    assert missed("quantize.samples=32") == everything - {"export", "optimize", "build:fp32"}
+    assert missed("export.rtol=0.01") >= {"export", "optimize", "build:fp32"}
+    assert missed("axes.batch.max=32") == everything
+    (workshop.folder / "points.py").write_text((workshop.folder / "points.py").read_text() + "\n# changed\n")
+    assert missed() == everything
+
+
+def test_a_comment_in_the_recipe_changes_nothing(workshop: Workshop, change: Change) -> None:
+    workshop.run("points.toml")
+    change("points.toml", "[model]", "# a comment\n\n[ model ]")
+    assert "unchanged since" in workshop.run("points.toml").stderr
+
+
+def test_a_missed_gate_exits_8_and_leaves_the_last_good_artifact(workshop: Workshop) -> None:
+    assert workshop.run("points.toml").returncode == 0
+    good = (workshop.folder / "dist/points/manifest.json").read_bytes()
+    missed = workshop.run(
+        "points.toml", "--set", "gates.0.metric=cosine", "--set", "gates.0.min=1.5", "--set", "gates.0.max_drop=nan"
+    )
+    assert missed.returncode == 2
+    strict = workshop.folder / "strict.toml"
+    strict.write_text(
+        (workshop.folder / "points.toml").read_text() + '\n[[gates]]\nmetric = "sqnr_db"\nengine = "int8"\nmin = 90\n'
+    )
+    missed = workshop.run("strict.toml")
+    assert missed.returncode == 8
+    assert "fail: int8:" in missed.stderr
+    assert "fail: dist/points.rejected (dist/points is left as it was)" in missed.stderr
+    assert (workshop.folder / "dist/points/manifest.json").read_bytes() == good
+    assert workshop.report("dist/points.rejected")["outcome"] == "fail"
+    assert "sqnr_db" in (workshop.folder / "dist/points.rejected/report.md").read_text()
+    again = workshop.run("strict.toml")
+    assert (again.returncode, "unchanged since" in again.stderr) == (8, True)
+
+
+def test_too_few_samples_for_a_gate_exit_10_and_say_how_many_would_do(workshop: Workshop) -> None:
+    few = workshop.run("points.toml", "--set", "data.validation_samples=100", "--set", "gates.0.max_drop=0.01")
+    assert few.returncode == 10
+    assert re.search(r"inconclusive: fp32: .*\b(2[6-9]\d|[3-9]\d\d) samples", few.stderr)
+    assert workshop.report("dist/points.rejected")["outcome"] == "inconclusive"
+
+
+def test_json_goes_to_standard_output_alone(workshop: Workshop) -> None:
+    done = workshop.run("points.toml", "--json")
+    assert json.loads(done.stdout)["name"] == "points"
+    assert workshop.run("points.toml", "--json").stdout == done.stdout
+
+
+def test_verify_finds_one_flipped_bit_and_validates_again_on_request(workshop: Workshop) -> None:
+    assert workshop.run("points.toml").returncode == 0
+    clean = workshop.run("verify", "dist/points")
+    assert clean.returncode == 0
+    assert re.search(r"dist/points: \d+ files, every byte as written", clean.stderr)
+    again = workshop.run("verify", "dist/points", "--recipe", "points.toml")
+    assert again.returncode == 0, again.stderr
+    assert "pass: int8: top1 drop <= 0.1 (95%)" in again.stderr
+    engine = workshop.folder / "dist/points/engines/int8/engine.onnx"
+    content = bytearray(engine.read_bytes())
+    content[len(content) // 2] ^= 1
+    engine.write_bytes(content)
+    broken = workshop.run("verify", "dist/points")
+    assert broken.returncode == 9
+    assert "engines/int8/engine.onnx" in broken.stderr
+    assert "Traceback" not in broken.stderr
+
+
+def test_a_model_file_that_raises_is_one_sentence_with_its_line(workshop: Workshop, change: Change) -> None:
+    change("points.py", "    return Points()", "    raise ValueError('no weights today')")
+    done = workshop.run("points.toml")
+    assert done.returncode == 3
+    line = next(
+        n for n, text in enumerate((workshop.folder / "points.py").read_text().splitlines(), 1) if "today" in text
+    )
+    assert f"points.py:{line}: build() raised ValueError: no weights today." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "said"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", 5, r"error: step data: the child process was killed by SIGSEGV\. Its log is .*, ending in:"),
+        ("os.abort()", 5, r"error: step data: the child process was killed by SIGABRT\. Its log is "),
+        ("os.kill(os.getpid(), signal.SIGKILL)", 5, r"was killed by SIGKILL\. Memory may have run out: use fewer samples or a smaller axis\."),
+        ("os._exit(0)", 5, r"error: step data: the child process ended with code 0 and no result\."),
+        ("sys.exit(3)", 5, r"points\.py:\d+: calibration\(\) raised SystemExit: 3\."),
+        ("print('x' * 100_000_000) or os.abort()", 5, r"killed by SIGABRT"),
+    ],
+    ids=["segfault", "abort", "killed", "silent exit", "sys.exit", "chatter"],
+)  # fmt: skip
+def test_a_child_that_dies_is_one_failed_step(
+    workshop: Workshop, change: Change, fault: str, code: int, said: str
+) -> None:
+    change("points.py", "import numpy as np", "import numpy as np, os, signal, sys")
+    change("points.py", '    yield {"x": points(1, 64)}', f'    {fault}\n    yield {{"x": points(1, 64)}}')
+    done = workshop.run("points.toml", env={"BUILD_ENGINE_CACHE": str(workshop.folder / "store")})
+    assert done.returncode == code, done.stderr
+    assert re.search(said, done.stderr)
+    assert "Traceback" not in done.stderr.partition("ending in:")[0]
+    assert len(done.stderr) < 5_000
+
+
+def _start(workshop: Workshop, *args: str, store: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "compiler.cli", *args],
+        cwd=workshop.folder,
+        env={**os.environ, "BUILD_ENGINE_CACHE": str(store), "COLUMNS": "200"},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _children(pid: int) -> list[int]:
+    done = subprocess.run(["ps", "--ppid", str(pid), "-o", "pid="], capture_output=True, text=True)
+    return [int(word) for word in done.stdout.split()]
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+def test_an_interrupted_build_leaves_no_child_and_no_artifact_and_goes_on(
+    workshop: Workshop, change: Change, how: signal.Signals, code: int, tmp_path: Path
+) -> None:
+    change(
+        "points.py",
+        "    x = points(2, 600)",
+        "    import time; time.sleep(float(open('pause').read()))\n    x = points(2, 600)",
+    )
+    (workshop.folder / "pause").write_text("60")
+    store = tmp_path / "store"
+    running = _start(workshop, "points.toml", store=store)
+    deadline = time.monotonic() + 60
+    while not (children := _children(running.pid)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1.0)
+    running.send_signal(how)
+    _, said = running.communicate(timeout=30)
+    assert running.returncode == code
+    if code == 130:
+        assert "build-engine: interrupted; finished steps are kept, run again to go on." in said
+    time.sleep(0.5)
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+    assert not (workshop.folder / "dist").exists()
+    (workshop.folder / "pause").write_text("0")
+    again = workshop.run("points.toml", env={"BUILD_ENGINE_CACHE": str(store)})
+    assert again.returncode == 0, again.stderr
+    assert not list((store / "tmp").iterdir())
+
+
+def test_two_builds_at_once_run_each_step_once(workshop: Workshop, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    builds = [_start(workshop, "points.toml", "--output", f"out{n}", store=store) for n in (1, 2)]
+    said = [build.communicate(timeout=240)[1] for build in builds]
+    assert [build.returncode for build in builds] == [0, 0], said
+    assert sum(text.count("from the store") for text in said) == 9
+    shutil.rmtree(store)
+
+
+def test_options_that_make_no_sense_are_one_sentence(workshop: Workshop) -> None:
+    assert (
+        "error: nowhere.toml: no such file. Write one with 'build-engine init model.py'."
+        in workshop.run("nowhere.toml").stderr
+    )
+    assert "No such option '--plam'" in workshop.run("points.toml", "--plam").stderr
+    assert workshop.run("points.toml", "--plam").returncode == 2
+    nothing = workshop.run("verify", "dist/nothing")
+    assert nothing.returncode == 9
+    assert "Traceback" not in nothing.stderr
+
+
+def test_init_writes_a_recipe_that_builds(workshop: Workshop) -> None:
+    (workshop.folder / "points.toml").unlink()
+    done = workshop.run("init", "points.py")
+    assert done.returncode == 0, done.stderr
+    assert (workshop.folder / "points.toml").read_text() == (
+        'name = "points"\n\n[model]\nsource = "points.py"\n# weights = "weights.safetensors"\n\n'
+        '[model.inputs.x]\ndtype = "float32"\nshape = ["batch", 16]\n\n'
+        "[axes]\nbatch = { min = 1, opt = 8, max = 64 }\n\n"
+        '[[engines]]\nprecision = "fp32"\n\n[[engines]]\nprecision = "int8"\n\n[[gates]]\nmetric = "top1"\nmax_drop = 0.01\n'
+    )
+    assert workshop.run("points.toml", "--plan").returncode == 0
+    again = workshop.run("init", "points.py")
+    assert again.returncode == 2
+    assert "error: points.toml: exists already. Choose another file with --output." in again.stderr
+
+
+def test_doctor_says_what_is_there(workshop: Workshop) -> None:
+    done = workshop.run("doctor")
+    assert done.returncode == 0
+    assert "✓ onnxruntime" in done.stderr
+    assert "✗ tensorrt" in done.stderr
+    assert "store" in done.stderr
