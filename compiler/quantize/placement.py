@@ -1,0 +1,245 @@
+"""Which tensors INT8 touches: read by `observe`, which must see them, and by `qdq`, which rounds them.
+
+A convolution is rounded at its input, its weight and its output after the activation fused to it: ONNX Runtime makes
+one integer kernel only of what stands between a DequantizeLinear and a QuantizeLinear. A matrix product is rounded at
+its inputs only; its sums stay in high precision. An addition is rounded where it joins two branches of such a chain,
+so that the chain stays in eight bits; one that ends in a Softmax or a LayerNormalization is left alone. Operators that
+only move or pick values take over the scale of what they read, so rounding them again changes nothing.
+
+Why products of two activations (attention scores, probabilities times values) stay in high precision: measured with
+ONNX Runtime on a CPU with VNNI they are slower in INT8 (12 heads of 32, 128 positions: 0.30 ms against 0.22), since
+both operands are rounded on the fly, and 127 levels for probabilities cost more accuracy than all weights together.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import onnx_ir as ir
+
+from compiler.errors import CalibrationError, RecipeError
+
+ADOPTS_SCALE = frozenset({"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"})
+"""Operators whose outputs are some of their inputs' values: rounding commutes with them."""
+
+_CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
+_PRODUCTS = frozenset({"Gemm", "MatMul"})
+_AVERAGES = frozenset({"AveragePool", "GlobalAveragePool"})
+_FUSED = frozenset({"Relu", "Clip"})
+
+Edge: TypeAlias = tuple[ir.Node, int]
+"""One input of one node."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """What to round. Values and nodes belong to the model that was looked at."""
+
+    weights: tuple[Edge, ...]
+    """Constant operands, to be stored as INT8."""
+    outputs: tuple[ir.Value, ...]
+    """Activations rounded where they are made: every consumer reads the rounded values."""
+    edges: tuple[Edge, ...]
+    """Activations rounded for one consumer alone, because others want them as they are."""
+    root: dict[ir.Value, ir.Value]
+    """The activation whose scale a rounded one takes: itself, or what was moved to make it."""
+
+    @property
+    def activations(self) -> tuple[ir.Value, ...]:
+        """Every activation to be rounded, in the order of the graph, once."""
+        values = [*self.outputs, *(_operand(edge) for edge in self.edges)]
+        return tuple(dict.fromkeys(values))
+
+    @property
+    def nodes(self) -> tuple[ir.Node, ...]:
+        """The nodes that compute on rounded weights."""
+        return tuple(dict.fromkeys(node for node, _ in self.weights))
+
+
+def place(graph: ir.Graph, *, keep: Collection[ir.Node] = (), barred: Collection[str] = ()) -> Placement:
+    """Decide what to round in ``graph`` (not in its subgraphs).
+
+    Args:
+        keep: nodes to leave in high precision.
+        barred: names of activations that eight bits cannot hold.
+    """
+    kept = _with_activations(graph, keep)
+    weights = [
+        (node, 1)
+        for node in graph
+        if node not in kept and _is(node, _CONVOLUTIONS | _PRODUCTS) and _has_weight(node) and not _barred(node, barred)
+    ]
+    chosen = {node for node, _ in weights}
+    joins = {node for node in graph if node not in kept and _is_join(node) and not _barred(node, barred)}
+    while True:
+        wanted = _wanted(graph, chosen, joins, kept)
+        outputs, root = _chain(graph, chosen, joins, wanted, kept)
+        alone = {node for node in joins if fused_output(node) not in root}
+        if not alone:
+            break
+        joins -= alone
+    edges = [(node, 0) for node, _ in weights if _operand((node, 0)) not in root]
+    edges += [(node, i) for node in graph if node in joins for i in (0, 1) if _operand((node, i)) not in root]
+    root.update((_operand(edge), _operand(edge)) for edge in edges)
+    return Placement(weights=tuple(weights), outputs=tuple(outputs), edges=tuple(edges), root=root)
+
+
+def fused_output(node: ir.Node) -> ir.Value:
+    """The output of ``node`` after a Relu or Clip that every runtime computes with it."""
+    activation = _fused_activation(node)
+    return node.outputs[0] if activation is None else activation.outputs[0]
+
+
+def is_constant(value: ir.Value | None) -> bool:
+    """Whether ``value`` is a weight that no caller can override."""
+    return value is not None and value.const_value is not None and not value.is_graph_input()
+
+
+def weight_axis(edge: Edge) -> int | None:
+    """The axis of a weight along which scales differ: its output channels; None where one scale serves all."""
+    node, _ = edge
+    weight = _operand(edge)
+    rank = len(weight.shape or ())
+    if node.op_type == "Conv":
+        return 0
+    if node.op_type == "ConvTranspose":
+        return 1
+    if node.op_type == "Gemm":
+        return 0 if _integer(node, "transB") else 1
+    return 1 if rank == 2 else None
+
+
+def check_weights(placement: Placement) -> None:
+    """
+    Raises:
+        CalibrationError: a weight that would be rounded holds NaN or Inf.
+    """
+    for edge in placement.weights:
+        weight = _operand(edge)
+        assert weight.const_value is not None, "only constants are placed as weights"
+        bad = int(np.count_nonzero(~np.isfinite(weight.const_value.numpy())))
+        if bad:
+            raise CalibrationError(
+                f"weight '{weight.name}' of {edge[0].op_type} '{edge[0].name}': {bad} of {weight.const_value.size} "
+                "values are NaN or Inf; finite weights were expected. Train or export the model again."
+            )
+
+
+def match(graph: ir.Graph, patterns: Sequence[str]) -> tuple[ir.Node, ...]:
+    """The nodes whose name, or the name of one of whose outputs, matches one of the shell ``patterns``.
+
+    Raises:
+        RecipeError: a pattern matches nothing.
+    """
+    names: dict[str, list[ir.Node]] = {}
+    for node in graph.all_nodes():
+        for name in {node.name, *(output.name for output in node.outputs)} - {None, ""}:
+            names.setdefault(str(name), []).append(node)
+    found: dict[ir.Node, None] = {}
+    for pattern in patterns:
+        matching = [name for name in names if name == pattern or fnmatch.fnmatchcase(name, pattern)]
+        if not matching:
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or list(names)[:3]
+            nearest = ", ".join(f"'{name}'" for name in near)
+            raise RecipeError(
+                f"keep: '{pattern}' matches no node and no tensor of the model; the nearest names are {nearest}. "
+                "Correct it, or remove it."
+            )
+        found.update((node, None) for name in matching for node in names[name])
+    return tuple(found)
+
+
+def _is(node: ir.Node | None, kinds: Collection[str]) -> bool:
+    return node is not None and node.domain == "" and node.op_type in kinds
+
+
+def _operand(edge: Edge) -> ir.Value:
+    value = edge[0].inputs[edge[1]]
+    assert value is not None, "only operands that exist are placed"
+    return value
+
+
+def _integer(node: ir.Node, name: str) -> int:
+    attribute = node.attributes.get(name)
+    return attribute.as_int() if attribute is not None else 0
+
+
+def _has_weight(node: ir.Node) -> bool:
+    """Whether ``node`` multiplies an activation by a constant FP32 matrix or kernel that has elements."""
+    activation, weight = node.inputs[0], node.inputs[1]
+    if activation is None or is_constant(activation) or weight is None or not is_constant(weight):
+        return False
+    tensor = weight.const_value
+    assert tensor is not None, "a constant has a tensor"
+    return tensor.dtype == ir.DataType.FLOAT and tensor.size > 0 and len(tensor.shape) >= 2
+
+
+def _barred(node: ir.Node, names: Collection[str]) -> bool:
+    """Whether ``node`` reads or makes an activation that eight bits cannot hold."""
+    touched = [value for value in node.inputs[:2] if value is not None] + [node.outputs[0], fused_output(node)]
+    return any(value.name in names for value in touched)
+
+
+def _is_join(node: ir.Node) -> bool:
+    return _is(node, {"Add"}) and not any(value is None or is_constant(value) for value in node.inputs)
+
+
+def _fused_activation(node: ir.Node) -> ir.Node | None:
+    output = node.outputs[0]
+    uses = output.uses()
+    if len(uses) != 1 or output.is_graph_output():
+        return None
+    consumer, index = next(iter(uses))
+    bounded = index == 0 and all(is_constant(bound) for bound in consumer.inputs[1:] if bound is not None)
+    return consumer if _is(consumer, _FUSED) and bounded and consumer.graph is node.graph else None
+
+
+def _with_activations(graph: ir.Graph, keep: Collection[ir.Node]) -> set[ir.Node]:
+    """``keep``, and what the activations among them are fused to: neither is rounded without the other."""
+    kept = set(keep)
+    return kept | {node for node in graph if _is(node, _CONVOLUTIONS | {"Add"}) and _fused_activation(node) in kept}
+
+
+def _wanted(
+    graph: ir.Graph, chosen: Collection[ir.Node], joins: Collection[ir.Node], kept: Collection[ir.Node]
+) -> set[ir.Value]:
+    """Activations that somebody reads rounded, directly or through operators that can pass eight bits on."""
+    wanted: set[ir.Value] = set()
+    for node in reversed(graph):
+        if node in chosen:
+            wanted.add(_operand((node, 0)))
+        elif node in joins and fused_output(node) in wanted:
+            wanted.update(_operand((node, index)) for index in (0, 1))
+        elif _is(node, ADOPTS_SCALE | _AVERAGES) and node not in kept and node.outputs[0] in wanted:
+            wanted.add(_operand((node, 0)))
+    return wanted
+
+
+def _chain(
+    graph: ir.Graph,
+    chosen: Collection[ir.Node],
+    joins: Collection[ir.Node],
+    wanted: Collection[ir.Value],
+    kept: Collection[ir.Node],
+) -> tuple[list[ir.Value], dict[ir.Value, ir.Value]]:
+    """Activations to round where they are made, from the first to the last, and whose scale each takes."""
+    root: dict[ir.Value, ir.Value] = {}
+    for node in graph:
+        reads = [value in root for value in node.inputs[:2]]
+        if node in chosen and node.op_type == "Conv":
+            root[fused_output(node)] = fused_output(node)
+        elif node in joins:
+            if any(reads) and fused_output(node) in wanted:
+                root[fused_output(node)] = fused_output(node)
+        elif node in kept or reads[:1] != [True] or node.outputs[0] not in wanted:
+            continue
+        elif _is(node, _AVERAGES):
+            root[node.outputs[0]] = node.outputs[0]
+        elif _is(node, ADOPTS_SCALE):
+            root[node.outputs[0]] = root[_operand((node, 0))]
+    return list(root), root
