@@ -45,7 +45,7 @@ def load(data: bytes, kind: type[T], base: Path) -> T:
 
     def hook(expected: type[Any], found: Any) -> Any:
         if expected is not Path:
-            raise NotImplementedError(f"{expected} is not part of a noun")
+            raise ValueError(f"a {expected.__name__} is no part of a noun")
         if not isinstance(found, str):
             raise ValueError(f"a path was expected, found {found!r}")
         relative = PurePosixPath(found)
@@ -100,8 +100,10 @@ def _plain(value: Any, base: Path | None, where: str) -> Any:
         return {field.name: _plain(getattr(value, field.name), base, f"{where}.{field.name}") for field in fields}
     if isinstance(value, Mapping):
         for name in value:
-            if not isinstance(name, str) or name == _NUMBER:
+            if not isinstance(name, str):
                 raise ValueError(f"{where} has the key {name!r}; a string was expected")
+        if _is_number(value):
+            raise ValueError(f"{where} is {value!r}; that form is kept for numbers that are not finite")
         return {str(name): _plain(item, base, f"{where}[{name!r}]") for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item, base, f"{where}[{index}]") for index, item in enumerate(value)]
@@ -121,9 +123,13 @@ def _relative(path: Path, base: Path, where: str) -> str:
 def _numbers(tree: Any) -> Any:
     """``tree`` with numbers in the place of ``{"$float": ...}``."""
     if isinstance(tree, dict):
-        if tree.keys() == {_NUMBER}:
+        if _is_number(tree):
             return float(tree[_NUMBER])
         return {name: _numbers(item) for name, item in tree.items()}
     if isinstance(tree, list):
         return [_numbers(item) for item in tree]
     return tree
+
+
+def _is_number(tree: Mapping[str, Any]) -> bool:
+    return tree.keys() == {_NUMBER} and tree[_NUMBER] in ("nan", "inf", "-inf")

@@ -147,19 +147,50 @@ def move(source: Path, target: Path) -> None:
         _sync(source.parent)
 
 
-def swap(fresh: Path, current: Path) -> None:
-    """Put ``fresh`` in the place of ``current``, whose content is at ``fresh`` afterwards; both are in one folder."""
-    if not _exchange(fresh, current):
-        # Without an exchange there is a moment with no folder at all; `current` comes back if it cannot be filled.
-        old = fresh.with_name(fresh.name + ".old")
-        current.rename(old)
+def place(fresh: Path, current: Path) -> None:
+    """Put the folder ``fresh`` where ``current`` is, or may be; what was there is at ``fresh`` afterwards.
+
+    Both lie in one parent. A reader finds the old folder or the new one. Where two names cannot be exchanged there is a
+    moment without either, and `restore` undoes what a kill left half-done in it.
+    """
+    while True:
         try:
             fresh.rename(current)
-        except BaseException:
-            old.rename(current)
-            raise
-        old.rename(fresh)
+            break
+        except OSError as exc:
+            if exc.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        try:
+            if not _exchange(fresh, current):
+                _exchange_in_steps(fresh, current)
+            break
+        except FileNotFoundError:  # somebody removed it meanwhile
+            if not fresh.exists():
+                raise
     _sync(current.parent)
+
+
+def restore(fresh: Path, current: Path) -> None:
+    """Bring back what a `place` that died had moved out of the way, or remove it where something is in its place."""
+    old = _old(fresh)
+    if old.exists() and not current.exists():
+        move(old, current)
+    remove_tree(old)
+
+
+def _exchange_in_steps(fresh: Path, current: Path) -> None:
+    old = _old(fresh)
+    current.rename(old)
+    try:
+        fresh.rename(current)
+    except BaseException:
+        old.rename(current)
+        raise
+    remove_tree(old)
+
+
+def _old(fresh: Path) -> Path:
+    return fresh.with_name(fresh.name + ".old")
 
 
 def _exchange(one: Path, other: Path) -> bool:

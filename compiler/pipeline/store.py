@@ -107,6 +107,7 @@ class Store:
         self._forgotten: set[str] = set()
         self._reported: set[Path] = set()
         self._temporary = False
+        self._pins: tuple[Path, set[str]] | None = None
         with durable.translating(self.root):
             for name in _FOLDERS:
                 durable.make_private_folder(self.root / name)
@@ -232,6 +233,10 @@ class Store:
         Raises:
             ArtifactError: the store cannot be written.
         """
+        if self._pins is not None and key not in self._pins[1]:
+            path, keys = self._pins
+            with durable.translating(path):
+                self._write_pins(path, keys | {key})
         hit = self._find(key)
         if hit is not None:
             yield Filling(hit=hit)
@@ -270,7 +275,7 @@ class Store:
             raise ArtifactError(f"{folder / name}: {kind}; a step may leave only files and folders.")
         files = {name: durable.hash_file(folder / name) for name in tree.files}
         entry = _Entry(schema=SCHEMA, key=key, files=files, folders=tuple(sorted(tree.folders)))
-        durable.write_whole(folder / ENTRY, codec.dump(entry, folder), aside=folder / (ENTRY + ".tmp"))
+        (folder / ENTRY).write_bytes(codec.dump(entry, folder))
         durable.sync_tree(folder, private=True)
         target = self.root / "steps" / key
         durable.move(folder, target)
@@ -314,22 +319,27 @@ class Store:
 
     @contextmanager
     def run(self, keys: Collection[str]) -> Iterator[None]:
-        """Keep these steps from eviction while the block lasts, whether they are there yet or not; then `gc`."""
-        name = uuid.uuid4().hex
-        pins = self.root / "runs" / f"{name}.json"
-        lock = filelock.FileLock(pins.with_suffix(".lock"), mode=0o600)
-        with durable.translating(pins), self._lock("gc"):
+        """Keep these steps, and all that is filled, from eviction while the block lasts; then `gc`."""
+        path = self.root / "runs" / f"{uuid.uuid4().hex}.json"
+        lock = filelock.FileLock(path.with_suffix(".lock"), mode=0o600)
+        with durable.translating(path):
             lock.acquire()
-            data = codec.dump(_Pins(keys=tuple(sorted(keys))), self.root)
-            durable.write_whole(pins, data, aside=self.root / "tmp" / "gc")
+            self._write_pins(path, set(keys))
         try:
             yield
         finally:
+            self._pins = None
             with suppress(OSError):
-                pins.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
                 Path(lock.lock_file).unlink(missing_ok=True)
             lock.release()
         self.gc()
+
+    def _write_pins(self, path: Path, keys: set[str]) -> None:
+        with self._lock("gc"):
+            data = codec.dump(_Pins(keys=tuple(sorted(keys))), self.root)
+            durable.write_whole(path, data, aside=self.root / "tmp" / "gc")
+        self._pins = path, keys
 
     def gc(self) -> tuple[str, ...]:
         """Evict what was used least recently until the store is within its limit, and sweep up after dead builds.
