@@ -514,3 +514,8 @@ def _read_memo(path: Path) -> tuple[bytes, MutableMapping[str, Any]]:
     except (OSError, ValueError):
         pass
     return b"", {}
+
+
+def size_bytes(root: Path) -> int:
+    """What the steps below ``root`` take on the disk."""
+    return sum(size for _, size in _by_last_use(root / "steps"))
