@@ -489,7 +489,11 @@ def iterate_user(items: Iterable[T], what: str, error_class: type[BuildEngineErr
 
 
 def _explain(exc: BaseException, what: str, function: Callable[..., Any], file: Path | None) -> str:
-    where = _place(exc, function, file)
+    line = user_line(exc)
+    code = getattr(function, "__code__", None)
+    if line is None and code is not None and is_user_code(code.co_filename):
+        line = f"{shown(Path(code.co_filename))}:{code.co_firstlineno}"
+    where = f"{line}: " if line else f"{shown(file)}: " if file else ""
     if isinstance(exc, ModuleNotFoundError) and exc.name:
         top = exc.name.partition(".")[0]
         if top in EXTRAS:
@@ -507,20 +511,16 @@ def _explain(exc: BaseException, what: str, function: Callable[..., Any], file: 
     return f"{where}{what} raised {summary}. Fix the file; the full traceback is in the log."
 
 
-def _place(exc: BaseException, function: Callable[..., Any], file: Path | None) -> str:
-    """``<file>:<line>: `` of the user's innermost frame, else of the function, else of the file."""
+def user_line(exc: BaseException) -> str | None:
+    """``<file>:<line>`` of the innermost frame of an exception that is neither ours nor an installed package's."""
     if isinstance(exc, SyntaxError) and exc.filename and exc.lineno:
-        return f"{shown(Path(exc.filename))}:{exc.lineno}: "
-    frames = [frame for frame in traceback.extract_tb(exc.__traceback__) if _is_user_code(frame.filename)]
-    if frames:
-        return f"{shown(Path(frames[-1].filename))}:{frames[-1].lineno}: "
-    code = getattr(function, "__code__", None)
-    if code is not None and _is_user_code(code.co_filename):
-        return f"{shown(Path(code.co_filename))}:{code.co_firstlineno}: "
-    return f"{shown(file)}: " if file else ""
+        return f"{shown(Path(exc.filename))}:{exc.lineno}"
+    frames = [frame for frame in traceback.extract_tb(exc.__traceback__) if is_user_code(frame.filename)]
+    return f"{shown(Path(frames[-1].filename))}:{frames[-1].lineno}" if frames else None
 
 
-def _is_user_code(filename: str) -> bool:
+def is_user_code(filename: str) -> bool:
+    """Whether a file is neither part of this package, nor of the standard library, nor installed."""
     path = Path(filename)
     return not (
         filename.startswith(("<", *_STDLIB))
