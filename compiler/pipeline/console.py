@@ -60,7 +60,7 @@ class ConsoleWatcher:
     def started(self, step: Step) -> None:
         self._task = self._bars.add_task(f"{title(step):<24}", total=None, counted="")
 
-    def progressed(self, step: Step, done: int, total: int) -> None:
+    def progressed(self, _step: Step, done: int, total: int) -> None:
         if self._task is not None:
             self._bars.update(self._task, completed=done, total=total, counted=f"{done}/{total}")
 

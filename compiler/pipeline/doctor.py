@@ -11,7 +11,6 @@ from rich.text import Text
 
 from compiler import backends
 from compiler.pipeline.store import Store, size_bytes
-from compiler.spec import Backend
 
 _PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime-gpu", "onnxruntime", "tensorrt", "numpy")
 _EXTRAS = {
@@ -32,7 +31,7 @@ def examine(console: Console, store: Store) -> None:
     for name in backends.NAMES:
         backend = backends.get(name)
         reason = backend.unavailable()
-        precisions = ", ".join(sorted(precision.value for precision in _precisions(backend)))
+        precisions = ", ".join(sorted(backend.PRECISIONS))
         _line(console, name, f"ready: {precisions}" if reason is None else reason, good=reason is None)
     console.print("\nextras", style="bold")
     for extra, brings in _EXTRAS.items():
@@ -45,10 +44,6 @@ def examine(console: Console, store: Store) -> None:
     else:
         used, limit = size_bytes(store.root) / 2**30, store.limit_bytes / 2**30
         _line(console, "store", f"{store.root}, {used:.2f} of {limit:.0f} GiB used", good=True)
-
-
-def _precisions(backend: Backend) -> frozenset[object]:
-    return frozenset(backend.PRECISIONS)
 
 
 def _versions() -> list[str]:

@@ -18,7 +18,6 @@ import msgspec
 
 import compiler
 from compiler import backends, codec, source
-
 from compiler.recipe import EngineSection, Recipe
 from compiler.spec import DataSets, Engine, Interface, Latencies, OnnxModel, Outputs, Precision, Scores, Statistics
 

@@ -61,7 +61,7 @@ class Watcher(Protocol):
     """Who is told as steps go on; see `compiler.pipeline.console`."""
 
     def started(self, step: Step) -> None: ...
-    def progressed(self, step: Step, done: int, total: int) -> None: ...
+    def progressed(self, _step: Step, done: int, total: int) -> None: ...
     def finished(self, step: Step, record: StepRecord) -> None: ...
     def waiting(self, holder: str) -> None: ...
 
@@ -151,7 +151,7 @@ def _fulfil(
             took = {"seconds": round(time.monotonic() - began, 3), "peak_mib": peak_mib}
             (filling.folder / TOOK).write_text(json.dumps(took))
     folder = filling.published
-    value = codec.load((folder / RESULT).read_bytes(), STAGES[step.stage].result, folder)
+    value: Any = codec.load((folder / RESULT).read_bytes(), STAGES[step.stage].result, folder)
     took = json.loads((folder / TOOK).read_text())
     record = StepRecord(
         id=step.id, key=key, hit=filling.hit is not None, seconds=took["seconds"], peak_mib=took["peak_mib"]
@@ -246,10 +246,8 @@ def _end_group(child: subprocess.Popen[bytes]) -> None:
     if child.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGTERM)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(_GRACE_S)
-        except subprocess.TimeoutExpired:
-            pass
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
@@ -282,7 +280,7 @@ class _Unwatched:
     """A `Watcher` for a step that nobody needs to see."""
 
     def started(self, step: Step) -> None: ...
-    def progressed(self, step: Step, done: int, total: int) -> None: ...
+    def progressed(self, _step: Step, done: int, total: int) -> None: ...
     def finished(self, step: Step, record: StepRecord) -> None: ...
     def waiting(self, holder: str) -> None: ...
 

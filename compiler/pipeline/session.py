@@ -181,7 +181,7 @@ def conclude(recipe: recipes.Recipe, plan: plans.Plan, finished: Any, options: O
             recipe=recipe.to_dict(),
             engines=engines,
             verdicts=verdicts,
-            scores=scores,
+            scores=tuple(scores.values()),
             latencies=latencies,
             data=values["data"],
             original=content["original"],
@@ -221,13 +221,17 @@ def verify(folder: Path, recipe_path: Path | None, overrides: tuple[str, ...], *
         gates = [gate for verdict in verdicts for gate in verdict.gates]
         code = _EXIT[worst(verdicts, failed=False)]
     if as_json:
-        checked = {"folder": str(folder), "files": manifest.files, "gates": [asdict(gate) for gate in gates]}
+        checked = {
+            "folder": str(folder),
+            "files": {name: record.sha256 for name, record in manifest.files.items()},
+            "gates": [asdict(gate) for gate in gates],
+        }
         sys.stdout.write(json.dumps(checked, indent=1) + "\n")
         return code
     from compiler.pipeline import console
 
     out = console.make()
-    out.print(f"{folder}: {manifest.files} files, every byte as written {manifest.created}", style="green")
+    out.print(f"{folder}: {len(manifest.files) + 1} files, every byte as written {manifest.created}", style="green")
     for gate in gates:
         out.print(f"{gate.outcome.value}: {gate.engine}: {gate.gate}: {gate.reason}")
     return code

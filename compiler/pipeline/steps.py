@@ -80,10 +80,16 @@ def _export(job: Job) -> OnnxModel:
 
 def _reference(job: Job) -> Outputs:
     from compiler import export
+    from compiler.backends.onnxruntime import open_model
 
-    validation = job.inputs["data"].validation
     return export.reference(
-        job.recipe, job.sources, validation, threads=job.threads, out_dir=job.out_dir, progress=job.progress
+        job.recipe,
+        job.sources,
+        job.inputs["data"].validation,
+        threads=job.threads,
+        open_model=open_model,
+        out_dir=job.out_dir,
+        progress=job.progress,
     )
 
 
@@ -169,6 +175,7 @@ def user_measures(sources: source.Sources) -> dict[str, dict[str, Callable[..., 
 
 def _latency(job: Job) -> Latencies:
     from compiler import export
+    from compiler.backends.onnxruntime import open_model
     from compiler.data import Samples
     from compiler.validate import judge, latency
 
@@ -177,7 +184,13 @@ def _latency(job: Job) -> Latencies:
     }
     candidates: dict[str, Runner] = {}
     notes: list[str] = []
-    candidates["eager"] = export.open_original(job.recipe, job.sources, compiled=False, threads=job.threads)
+
+    def original(*, compiled: bool) -> Runner:
+        return export.open_original(
+            job.recipe, job.sources, compiled=compiled, threads=job.threads, open_model=open_model
+        )
+
+    candidates["eager"] = original(compiled=False)
     samples = Samples(job.inputs["data"].validation.path)
     axis = batch_axis(job.recipe.inputs)
 
@@ -187,7 +200,7 @@ def _latency(job: Job) -> Latencies:
     batches = job.recipe.latency.batches or default_batches(job.recipe)
     if job.recipe.latency.compile:
         try:
-            compiled = export.open_original(job.recipe, job.sources, compiled=True, threads=job.threads)
+            compiled = original(compiled=True)
             for batch in batches:
                 compiled.run(feeds_at(batch))
             candidates["compile"] = compiled

@@ -60,7 +60,7 @@ def _run(job: Mapping[str, Any], out_dir: Path, report: TextIO) -> Any:
     from compiler.pipeline import plan, steps
 
     recipe = msgspec.convert(job["recipe"], Recipe)
-    inputs = {}
+    inputs: dict[str, Any] = {}
     for name, given in job["inputs"].items():
         folder = Path(given["folder"])
         inputs[name] = codec.load((folder / RESULT).read_bytes(), plan.STAGES[given["stage"]].result, folder)

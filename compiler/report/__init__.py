@@ -19,7 +19,7 @@ HEADINGS = (
     "precision",
     "MiB",
     "metric",
-    "change [bounds]",
+    "drop or bounds",
     "batch",
     "p50 ms",
     "p99 ms",
@@ -115,12 +115,13 @@ def _set(data: Any) -> dict[str, Any] | None:
 
 def table(report: Mapping[str, Any]) -> list[list[str]]:
     """Rows under `HEADINGS`: the original first, then every engine; one row per batch size that was timed."""
-    rows = []
     original = report["original"]
     size = f"{original['onnx_bytes'] / 2**20:.2f}"
-    for speed in original["speeds"]:
-        if speed["candidate"] != "control":
-            rows.append([speed["candidate"], "fp32", size, "", "", *_speed_cells(speed), ""])
+    rows = [
+        [speed["candidate"], "fp32", size, "", "", *_speed_cells(speed), ""]
+        for speed in original["speeds"]
+        if speed["candidate"] != "control"
+    ]
     for engine in report["engines"]:
         metric, change = _main_score(engine)
         lead = [engine["name"], engine["precision"], f"{engine['size_bytes'] / 2**20:.2f}", metric, change]
@@ -143,19 +144,18 @@ def _ms(value: float | None) -> str:
 
 
 def _main_score(engine: Mapping[str, Any]) -> tuple[str, str]:
-    """The metric that the first accuracy gate is about, else the first score; and its change with the gate's bounds."""
+    """The metric that the first accuracy gate is about, else the first score; and what the gate found, with its bounds."""
     scores = {score["metric"]: score for score in engine["scores"]}
     gate = next((gate for gate in engine["gates"] if gate["metric"] in scores), None)
     name = gate["metric"] if gate else next(iter(scores), None)
     if name is None:
         return "", ""
-    score = scores[name]
-    bounds = ""
-    if gate and gate["low"] is not None and gate["high"] is not None:
-        bounds = f" [{_number(gate['low'])}, {_number(gate['high'])}]"
-    if score["change"] is not None:
-        return f"{name} {_number(score['value'])}", f"{score['change']:+.4f}{bounds}"
-    return f"{name} {_number(score['value'])}", bounds.strip()
+    metric = f"{name} {_number(scores[name]['value'])}"
+    if gate is None:
+        return metric, ""
+    drop = f"drop {gate['measured']:.4f}" if scores[name]["change"] is not None and gate["measured"] is not None else ""
+    bounds = "" if gate["low"] is None or gate["high"] is None else f"[{_number(gate['low'])}, {_number(gate['high'])}]"
+    return metric, f"{drop} {bounds}".strip()
 
 
 def _number(value: float) -> str:
