@@ -136,7 +136,7 @@ def describe(
         path=path,
         sha256=sha256_of(path, external),
         precision=precision,
-        opset=model.opset_imports.get("", 0),
+        opset=model.opset_imports.get("", model.opset_imports.get("ai.onnx", 0)),
         inputs=inputs,
         outputs=outputs,
         axes=dict(axes),

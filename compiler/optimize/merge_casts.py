@@ -1,0 +1,75 @@
+"""Two Casts in a row, where the first loses nothing: one Cast.
+
+Why not onnxscript's rule: it drops float32 between float64 or int64 and float16, where rounding twice and rounding
+once differ.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from compiler.optimize import edit
+from compiler.optimize.contract import Pass
+
+_D = ir.DataType
+
+_FLOATS = {_D.FLOAT16: (11, 5), _D.BFLOAT16: (8, 8), _D.FLOAT: (24, 8), _D.DOUBLE: (53, 11)}
+"""Bits of significand (the hidden one included) and of exponent."""
+
+_INTEGERS = {
+    _D.BOOL: (0, 1),
+    _D.UINT8: (0, 8),
+    _D.UINT16: (0, 16),
+    _D.UINT32: (0, 32),
+    _D.UINT64: (0, 64),
+    _D.INT8: (1, 7),
+    _D.INT16: (1, 15),
+    _D.INT32: (1, 31),
+    _D.INT64: (1, 63),
+}
+"""Whether there is a sign, and the bits beside it."""
+
+
+def loses_nothing(source: ir.DataType, middle: ir.DataType, target: ir.DataType) -> bool:
+    """Whether ``target(middle(x)) == target(x)`` for every ``x`` of ``source``, bit for bit, in every runtime.
+
+    >>> loses_nothing(ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.BFLOAT16)
+    True
+    >>> loses_nothing(ir.DataType.DOUBLE, ir.DataType.FLOAT, ir.DataType.FLOAT16)
+    False
+    """
+    if source in _FLOATS and middle in _FLOATS and target in _FLOATS:
+        return all(wide >= narrow for wide, narrow in zip(_FLOATS[middle], _FLOATS[source], strict=True))
+    if source in _INTEGERS and middle in _INTEGERS and (target in _INTEGERS or target in (_D.FLOAT, _D.DOUBLE)):
+        return all(wide >= narrow for wide, narrow in zip(_INTEGERS[middle], _INTEGERS[source], strict=True))
+    return source == _D.BOOL and middle in _FLOATS and (target in _FLOATS or target in _INTEGERS)
+
+
+def _run(model: ir.Model, limit_bytes: int) -> int:
+    del limit_bytes
+    changed = 0
+    if edit.opset(model) < 6:
+        return 0
+    for graph in edit.graphs(model):
+        for node in graph:
+            middle = edit.input_at(node, 0)
+            inner = middle.producer() if middle is not None else None
+            if inner is None or not edit.is_op(node, "Cast") or not edit.is_op(inner, "Cast"):
+                continue
+            source, target, between = edit.input_at(inner, 0), node.attributes.get("to"), inner.attributes.get("to")
+            if source is None or source.dtype is None or target is None or between is None:
+                continue
+            if target.is_ref() or between.is_ref():
+                continue
+            if loses_nothing(source.dtype, ir.DataType(between.as_int()), ir.DataType(target.as_int())):
+                node.replace_input_with(0, source)
+                changed += 1
+    return changed
+
+
+MERGE_CASTS = Pass(
+    name="merge_casts",
+    does="skips a Cast to a wider type in front of another Cast",
+    counts="nodes",
+    run=_run,
+)

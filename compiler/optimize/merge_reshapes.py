@@ -1,0 +1,64 @@
+"""Nodes that only regroup axes, in front of a Reshape whose target says everything: the Reshape alone.
+
+Why not onnxscript's rule: it turns a 0 of the target into -1, which a tensor without elements leaves undetermined.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from compiler.optimize import edit
+from compiler.optimize.contract import Pass
+
+_REGROUPING = ("Flatten", "Reshape", "Squeeze", "Unsqueeze")
+
+
+def _run(model: ir.Model, limit_bytes: int) -> int:
+    del limit_bytes
+    changed = 0
+    for graph in edit.graphs(model):
+        for node in graph:
+            middle = edit.input_at(node, 0)
+            inner = middle.producer() if middle is not None else None
+            if inner is None or not edit.is_op(inner, *_REGROUPING) or not inner.inputs or inner.inputs[0] is None:
+                continue
+            if _is_absolute(node, edit.opset(model)):
+                node.replace_input_with(0, inner.inputs[0])
+                changed += 1
+            elif _undoes(node, inner) and edit.replace(node.outputs[0], inner.inputs[0]):
+                edit.remove(node)
+                changed += 1
+    return changed
+
+
+def _is_absolute(node: ir.Node, version: int) -> bool:
+    """Whether ``node`` is a Reshape whose target copies no axis of its input."""
+    if not edit.is_op(node, "Reshape") or version < 5:
+        return False
+    target, allow_zero = edit.constant_ints(edit.input_at(node, 1)), node.attributes.get("allowzero")
+    if target is None or (allow_zero is not None and allow_zero.is_ref()):
+        return False
+    return 0 not in target or (allow_zero is not None and allow_zero.as_int() == 1)
+
+
+def _undoes(node: ir.Node, inner: ir.Node) -> bool:
+    """Whether one of the two adds the axes of size 1 that the other takes away."""
+    if {node.op_type, inner.op_type} != {"Squeeze", "Unsqueeze"} or node.domain != "" or inner.domain != "":
+        return False
+    ours, theirs = _axes(node), _axes(inner)
+    return ours is not None and theirs is not None and min([0, *ours, *theirs]) == 0 and sorted(ours) == sorted(theirs)
+
+
+def _axes(node: ir.Node) -> list[int] | None:
+    attribute = node.attributes.get("axes")
+    if attribute is not None:
+        return None if attribute.is_ref() else list(attribute.as_ints())
+    return edit.constant_ints(edit.input_at(node, 1))
+
+
+MERGE_RESHAPES = Pass(
+    name="merge_reshapes",
+    does="skips what only regroups axes in front of a Reshape to a constant shape, and pairs of Squeeze and Unsqueeze",
+    counts="nodes",
+    run=_run,
+)
