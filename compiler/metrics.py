@@ -310,7 +310,7 @@ def retrieval(k: int, output: str | None = None) -> Callable[[Batch, Batch], Per
 def decisions(outputs: Batch) -> tuple[str, ...]:
     """Outputs that `top1_agreement` compares: the first float one, if it has a choice to make, and the integer ones."""
     floats = _float_names(outputs)
-    first = tuple(name for name in floats[:1] if any(np.shape(row)[-1:] > (1,) for row in outputs[name]))
+    first = tuple(name for name in floats[:1] if any(shape[-1:] > (1,) for shape in _shapes(outputs[name])))
     return first + tuple(name for name in outputs if name not in floats)
 
 
@@ -336,6 +336,11 @@ def _float_names(outputs: Batch) -> tuple[str, ...]:
 
 def _rows(rows: Array | Sequence[Array]) -> Array | list[Array]:
     return rows if isinstance(rows, np.ndarray) else [np.asarray(row) for row in rows]
+
+
+def _shapes(rows: Array | Sequence[Array]) -> set[tuple[int, ...]]:
+    """Shapes of samples."""
+    return {rows.shape[1:]} if isinstance(rows, np.ndarray) else {np.shape(row) for row in rows}
 
 
 def _native(array: Array) -> Array:
@@ -464,7 +469,7 @@ def _similarity(vectors: Floats, queries: slice) -> Floats:
 
 
 def _unit_vectors(rows: Array | list[Array], name: str) -> Floats:
-    shapes = {np.shape(row) for row in rows}
+    shapes = _shapes(rows)
     if len(shapes) != 1 or len(next(iter(shapes))) != 1:
         found = ", ".join(str(list(shape)) for shape in sorted(shapes)[:3]) or "no samples"
         raise RecipeError(f"retrieval: output '{name}': found {found}; one embedding [D] per sample was expected.")

@@ -13,6 +13,7 @@ Why numpy and the standard library do most of it: `scipy.stats` takes longer to 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 from statistics import NormalDist
 from typing import Any
@@ -57,15 +58,21 @@ def paired_z(lost: Any, gained: Any, samples: Any, difference: Any) -> Floats:
     McNemar's test is ``difference = 0``.
     """
     lost, gained, n, d = (np.asarray(value, np.float64) for value in (lost, gained, samples, difference))
-    b = -(gained + lost) + (2 * n - gained + lost) * d
-    c = -lost * d * (1 - d)
-    # The larger root of 2n q^2 + b q + c, without cancellation where b > 0.
-    root = np.sqrt(np.maximum(b * b - 8 * n * c, 0.0))
+    surplus = gained - lost - n * d
     with np.errstate(divide="ignore", invalid="ignore"):
-        q = np.where(b > 0, -2 * c / (b + root), (root - b) / (4 * n))
-        surplus = gained - lost - n * d
-        z = surplus / np.sqrt(np.maximum(n * (2 * q + d * (1 - d)), 0.0))
+        z = surplus / np.sqrt(n * _variance(lost / n, gained / n, d))
     return np.where(np.abs(surplus) <= 1e-12 * n, 0.0, z)
+
+
+def _variance(lost: Any, gained: Any, difference: Any) -> Any:
+    """Of one sample's change under H0: ``2q + d(1 - d)``, q the most likely share of lost samples. Arguments are shares."""
+    b = -(gained + lost) + (2 - gained + lost) * difference
+    c = -lost * difference * (1 - difference)
+    # The larger root of 2 q^2 + b q + c, without cancellation where b > 0.
+    root = np.sqrt(np.maximum(b * b - 8 * c, 0.0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        q = np.where(b > 0, -2 * c / (b + root), (root - b) / 4)
+    return np.maximum(2 * q + difference * (1 - difference), 0.0)
 
 
 def paired_verdict(lost: float, gained: float, samples: int, margin: float, confidence: float) -> Outcome:
@@ -84,8 +91,8 @@ def paired_bounds(lost: float, gained: float, samples: int, confidence: float) -
     z = z_value(confidence)
     estimate = (gained - lost) / samples
     return (
-        _root(lambda d: float(paired_z(lost, gained, samples, d)) - z, -1.0, estimate),
-        _root(lambda d: float(paired_z(lost, gained, samples, d)) + z, estimate, 1.0),
+        _root(lambda d: paired_z(lost, gained, samples, d) - z, -1.0, estimate),
+        _root(lambda d: paired_z(lost, gained, samples, d) + z, estimate, 1.0),
     )
 
 
@@ -101,18 +108,23 @@ def paired_floor(margin: float, confidence: float) -> int:
 
 
 def paired_samples(flips: float, change: float, margin: float, confidence: float) -> int | None:
-    """Samples at which a paired verdict passes in 90 % of runs; None where no number is enough.
+    """Samples at which a paired verdict passes in about 90 % of runs; None where no number is enough.
 
     Args:
         flips: the share of samples whose rightness changes, either way.
-        change: share(new right) - share(original right), in truth.
+        change: share(new right) - share(original right), in truth; not above 0.
 
-    >>> paired_samples(0.02, 0.0, 0.01, 0.95)
-    1708
+    Source: Tango (1998), section 4, with the variance under H0 that `paired_z` will estimate. The short form of it,
+    ``flips - margin^2``, names too few where flips are hardly more than the margin: 852 instead of 1132 below, with an
+    exact power of 84 %, and of 61 % at half as many flips.
+
+    >>> paired_samples(0.01, 0.0, 0.01, 0.95)
+    1132
     """
     if margin + change <= 0:
         return None
-    spread = z_value(confidence) * _sqrt(flips - margin**2) + z_value(POWER) * _sqrt(flips - change**2)
+    null = float(_variance((flips - change) / 2, (flips + change) / 2, -margin))
+    spread = z_value(confidence) * math.sqrt(null) + z_value(POWER) * _sqrt(flips - change**2)
     return max(math.ceil((spread / (margin + change)) ** 2), paired_floor(margin, confidence))
 
 
@@ -253,12 +265,10 @@ def _sqrt(value: float) -> float:
     return math.sqrt(max(value, 0.0))
 
 
-def _root(function: Any, low: float, high: float) -> float:
-    """Where a falling function crosses 0 between two points, to the last bit; the end that is closer where it does not."""
-    if low == high or function(high) > 0:
-        return high
-    if function(low) < 0:
-        return low
-    while low < (middle := (low + high) / 2) < high:
-        low, high = (middle, high) if function(middle) > 0 else (low, middle)
+def _root(function: Callable[[Floats], Floats], low: float, high: float) -> float:
+    """Where a falling function crosses 0 between two points; the nearer end where it does not."""
+    for _ in range(10):  # each divides the distance by 64: 60 bits
+        points = np.linspace(low, high, 65)
+        above = int((function(points) > 0).sum())
+        low, high = float(points[max(above - 1, 0)]), float(points[min(above, 64)])
     return (low + high) / 2
