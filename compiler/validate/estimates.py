@@ -34,11 +34,11 @@ def drop(score: Score, confidence: float = 0.95) -> Estimate | None:
     """How much worse than the original a metric became, in its own units; None for an agreement, which has no original."""
     if score.change is None:
         return None
-    sign = -1.0 if score.higher_is_better else 1.0
     if score.binary:
         low, high = statistics.paired_bounds(score.lost, score.gained, score.samples, confidence)
         return Estimate(value=(score.lost - score.gained) / score.samples, low=-high, high=-low)
-    return _mean(sign * score.change, score.change_sd, score.samples, confidence)
+    worse = 0.0 - score.change if score.higher_is_better else score.change
+    return _mean(worse, score.change_sd, score.samples, confidence)
 
 
 def value(score: Score, confidence: float = 0.95) -> Estimate:

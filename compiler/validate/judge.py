@@ -118,8 +118,9 @@ def _problems(
                 )
         elif gate.metric not in SIZE_METRICS and known:
             if gate.metric not in known:
+                hint = nearest(gate.metric, sorted(known))
                 yield (
-                    f"[[gates]] metric: no score is named '{gate.metric}'; {nearest(gate.metric, sorted(known))}. "
+                    f"[[gates]] metric: no score is named '{gate.metric}'; {hint}{'' if hint.endswith('?') else '.'} "
                     "Correct it, or define it in the data file's metrics, losses or agreements."
                 )
             elif gate.max_drop is not None and known[gate.metric].change is None:
