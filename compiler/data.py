@@ -44,7 +44,6 @@ MAX_VALIDATION = 1_000_000
 _INDEX = "index.json"
 _FORMAT = 1
 _STRING = "str"
-_EXPECTED = "calibration() and validation() that yield dicts of arrays, or (dict, labels)"
 
 
 # --- storage --------------------------------------------------------------------------------------------------------
@@ -180,7 +179,7 @@ class Samples(Sequence[Feeds]):
                 name: entry["batch_axis"] for name, entry in index["tensors"].items()
             }
             self._label = _Stored(path, index["label"], self._count) if index["label"] else None
-        except (OSError, ValueError, KeyError, TypeError) as exc:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as exc:
             raise ArtifactError(
                 f"{path}: not a stored sample set, or a damaged one; {_INDEX} and the files it names were expected. "
                 "Run again without the cache: --no-cache."
@@ -446,7 +445,9 @@ def _samples(recipe: Recipe, sources: Sources, name: str, limit: int | None) -> 
     """Checked samples of one of the user's functions, at most ``limit``."""
     module = _data_module(sources)
     file = shown(sources.data_path or Path())
-    function = function_in(module, name, CalibrationError, _EXPECTED)
+    function = function_in(
+        module, name, CalibrationError, f"a function {name}() that yields dicts of arrays, or (dict, labels),"
+    )
     items = call_user(function, f"{name}()", CalibrationError)
     if isinstance(items, Mapping) or not (hasattr(items, "__iter__") or hasattr(items, "__getitem__")):
         raise CalibrationError(

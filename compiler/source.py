@@ -445,7 +445,7 @@ def function_in(
     if callable(function):
         return function
     own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-    close = difflib.get_close_matches(name, own, n=1)
+    close = difflib.get_close_matches(name, own, n=1, cutoff=0.8)  # "validation" is no misspelt "calibration"
     hint = f"Did you mean '{close[0]}'?" if close else "Define it."
     found = f"no '{name}'" if function is None else f"'{name}' is {type(function).__name__}, not callable"
     raise error_class(f"{shown(Path(module.__file__ or module.__name__))}: {found}; {expected} was expected. {hint}")
