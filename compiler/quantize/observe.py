@@ -20,7 +20,7 @@ from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import ShapeInferencePass
+from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
 
 from compiler import onnx_files
 from compiler.data import Samples
@@ -158,6 +158,7 @@ def observe(
             f"at least {max(min_samples, 1)} were expected (quantize.min_samples). Yield more from calibration()."
         )
     network = onnx_files.read(model.path)
+    LiftConstantsToInitializersPass(lift_all_constants=True)(network)
     placed = placement.place(network.graph)
     placement.check_weights(placed)
     sight = _expose(network, placed)
@@ -274,6 +275,8 @@ def _expose(network: ir.Model, placed: placement.Placement) -> _Sight:
     """Make ``network`` show what must be seen; its own outputs stay."""
     graph = network.graph
     own = tuple(graph.outputs)
+    # Asked before anything is added: what more is read of a convolution hides the Relu that is fused to it.
+    channels = tuple(str(placement.fused_output(node).name) for node in placed.nodes if node.op_type == "Conv")
     if any(output.dtype is None for node in graph for output in node.outputs):
         ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(network)
     counted = placed.activations
@@ -296,7 +299,7 @@ def _expose(network: ir.Model, placed: placement.Placement) -> _Sight:
             if value.dtype == ir.DataType.FLOAT and value not in placed.root and not value.is_initializer()
         ),
         outputs=tuple(str(value.name) for value in own if value.dtype == ir.DataType.FLOAT),
-        channels=tuple(str(placement.fused_output(node).name) for node in placed.nodes if node.op_type == "Conv"),
+        channels=channels,
     )
 
 

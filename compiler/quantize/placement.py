@@ -23,12 +23,13 @@ import numpy as np
 import onnx_ir as ir
 
 from compiler.errors import CalibrationError, RecipeError
+from compiler.spec import Array
 
 ADOPTS_SCALE = frozenset({"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze"})
 """Operators whose outputs are some of their inputs' values: rounding commutes with them."""
 
 _CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
-_PRODUCTS = frozenset({"Gemm", "MatMul"})
+PRODUCTS = frozenset({"Gemm", "MatMul"})
 _AVERAGES = frozenset({"AveragePool", "GlobalAveragePool"})
 _FUSED = frozenset({"Relu", "Clip"})
 
@@ -72,7 +73,7 @@ def place(graph: ir.Graph, *, keep: Collection[ir.Node] = (), barred: Collection
     weights = [
         (node, 1)
         for node in graph
-        if node not in kept and _is(node, _CONVOLUTIONS | _PRODUCTS) and _has_weight(node) and not _barred(node, barred)
+        if node not in kept and _is(node, _CONVOLUTIONS | PRODUCTS) and _has_weight(node) and not _barred(node, barred)
     ]
     chosen = {node for node, _ in weights}
     joins = {node for node in graph if node not in kept and _is_join(node) and not _barred(node, barred)}
@@ -98,6 +99,11 @@ def fused_output(node: ir.Node) -> ir.Value:
 def is_constant(value: ir.Value | None) -> bool:
     """Whether ``value`` is a weight that no caller can override."""
     return value is not None and value.const_value is not None and not value.is_graph_input()
+
+
+def constant(value: ir.Value | None) -> Array | None:
+    """The values of a weight that no caller can override; None of anything else."""
+    return value.const_value.numpy() if is_constant(value) and value and value.const_value is not None else None
 
 
 def weight_axis(edge: Edge) -> int | None:

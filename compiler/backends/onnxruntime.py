@@ -1,0 +1,359 @@
+"""ONNX Runtime: the back end that always works, on the CPU, or on an NVIDIA GPU through its CUDA provider.
+
+Heavy imports stand inside functions: choosing a back end, `fingerprint` and `platform` are asked of this module by a
+command that must answer at once.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import importlib.metadata
+import os
+import platform as machine
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compiler.errors import BuildError
+from compiler.spec import Array, Engine, Feeds, OnnxModel, Platform, Precision, Runner, TensorSpec, dtype_of
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+NAME = "onnxruntime"
+PRECISIONS = frozenset({Precision.FP32, Precision.FP16, Precision.BF16, Precision.INT8})
+
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+
+_PACKAGES = ("onnxruntime-gpu", "onnxruntime", "onnx", "onnx-ir", "numpy")
+_DTYPES = {
+    "float": "float32",
+    "double": "float64",
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+    **{name: name for name in ("int64", "int32", "int16", "int8", "uint64", "uint32", "uint16", "uint8", "bool")},
+}
+
+
+def unavailable() -> str | None:
+    """ONNX Runtime is a dependency and runs on every CPU."""
+    return None
+
+
+def fingerprint() -> Mapping[str, str]:
+    gpu = _gpu()
+    return {
+        **_versions(),
+        "cpu": _cpu(),
+        **({} if gpu is None else {"gpu": gpu.name, "driver": gpu.driver}),
+    }
+
+
+def platform() -> Platform:
+    gpu = _gpu()
+    return Platform(
+        os=f"{machine.system()} {machine.release()}",
+        arch=machine.machine(),
+        cpu=_cpu(),
+        cores=_usable_cores(),
+        gpu=gpu.name if gpu else None,
+        compute_capability=gpu.compute_capability if gpu else None,
+        driver=gpu.driver if gpu else None,
+        packages=_versions(),
+    )
+
+
+def build(model: OnnxModel, *, name: str, reason: str, threads: int, out_dir: Path) -> Engine:
+    """Lower ``model``, write ``engine.onnx``, open it and run the model's probe through it.
+
+    Raises:
+        BuildError: an operator has no kernel, the runtime refuses the model, or the probe cannot be run.
+    """
+    from compiler import onnx_files
+    from compiler.backends import lowering
+
+    started = time.perf_counter()
+    provider, notes = _choose_provider(model)
+    network = onnx_files.read(model.path)
+    if provider == CPU:
+        notes += lowering.lower(network)
+    path = out_dir / "engine.onnx"
+    sha256, external = onnx_files.write(network, path)
+    runner = _SessionRunner(path, threads=threads, provider=provider, inputs=model.inputs, outputs=model.outputs)
+    try:
+        if model.probe is not None:
+            with np.load(model.probe) as probe:
+                runner.run({name: probe[name] for name in probe.files})
+    finally:
+        runner.close()
+    return Engine(
+        name=name,
+        path=path,
+        sha256=sha256,
+        size_bytes=sum(file.stat().st_size for file in (path, *external)),
+        backend=NAME,
+        backend_reason=reason,
+        precision=model.precision,
+        model_sha256=model.sha256,
+        platform=platform(),
+        inputs=model.inputs,
+        outputs=model.outputs,
+        axes=model.axes,
+        build_s=time.perf_counter() - started,
+        options={"provider": provider, "threads": str(_threads(threads)), "spinning": "off"},
+        external_data=external,
+        notes=(*model.notes, *notes),
+    )
+
+
+def open(engine: Engine, *, threads: int) -> Runner:
+    """
+    Raises:
+        BuildError: the engine cannot be opened, or was built for a provider that this machine has not.
+    """
+    return _SessionRunner(
+        engine.path,
+        threads=threads,
+        provider=engine.options.get("provider", CPU),
+        inputs=engine.inputs,
+        outputs=engine.outputs,
+    )
+
+
+def open_model(path: Path, *, threads: int = 0, optimize: bool = True) -> Runner:
+    """An ONNX file on the CPU, as it is: how the stages run models. See `compiler.spec.OpenModel`.
+
+    Raises:
+        BuildError: the runtime refuses the file.
+    """
+    return _SessionRunner(path, threads=threads, provider=CPU, optimize=optimize)
+
+
+# --- running --------------------------------------------------------------------------------------------------------
+
+
+class _SessionRunner:
+    """A session; its feeds are checked here, since the runtime's own messages do not name what was expected."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        threads: int,
+        provider: str,
+        optimize: bool = True,
+        inputs: tuple[TensorSpec, ...] | None = None,
+        outputs: tuple[TensorSpec, ...] | None = None,
+    ) -> None:
+        self._path = path
+        self._session: Any = _session(path, threads=threads, provider=provider, optimize=optimize)
+        self.inputs = _specs(self._session.get_inputs()) if inputs is None else inputs
+        self.outputs = _specs(self._session.get_outputs()) if outputs is None else outputs
+        self._names = [spec.name for spec in self.outputs]
+        self._dtypes = {spec.name: dtype_of(spec) for spec in self.inputs}
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        self._check(feeds)
+        return dict(zip(self._names, self._call(feeds), strict=True))
+
+    def time(self, feeds: Feeds, repeats: int) -> list[float]:
+        self._check(feeds)
+        taken = []
+        for _ in range(repeats):
+            started = time.perf_counter()
+            self._call(feeds)
+            taken.append(time.perf_counter() - started)
+        return taken
+
+    def close(self) -> None:
+        self._session = None
+
+    def _call(self, feeds: Feeds) -> list[Array]:
+        if self._session is None:
+            raise BuildError(f"{self._path}: closed; an open model was expected. Open it again.")
+        try:
+            outputs: list[Array] = self._session.run(self._names, feeds)
+        except Exception as exc:
+            raise _translated(self._path, exc) from exc
+        return outputs
+
+    def _check(self, feeds: Feeds) -> None:
+        expected = [spec.name for spec in self.inputs]
+        if feeds.keys() != set(expected):
+            raise BuildError(
+                f"{self._path.name}: feeds named {_listed(feeds)}; {_listed(expected)} were expected. "
+                "Feed every input by its exact name."
+            )
+        sizes: dict[str, int] = {}
+        for spec in self.inputs:
+            value = feeds[spec.name]
+            fits = isinstance(value, np.ndarray) and value.dtype == self._dtypes[spec.name]
+            if not fits or value.ndim != len(spec.shape) or not _shape_fits(spec, value.shape, sizes):
+                shape = "[" + ", ".join(str(dim) for dim in spec.shape) + "]"
+                known = "".join(f", {name} = {size}" for name, size in sizes.items() if name in spec.shape)
+                raise BuildError(
+                    f"{self._path.name}: input '{spec.name}': found {_described(value)}; {spec.dtype} {shape}{known} "
+                    "was expected. Convert it."
+                )
+
+
+def _shape_fits(spec: TensorSpec, shape: Sequence[int], sizes: dict[str, int]) -> bool:
+    """Whether sizes are those declared, and equal wherever one axis name occurs; new names are added to ``sizes``."""
+    for dim, size in zip(spec.shape, shape, strict=True):
+        if isinstance(dim, int) or dim in sizes:
+            if size != (dim if isinstance(dim, int) else sizes[dim]):
+                return False
+        elif dim != "?":
+            sizes[dim] = size
+    return True
+
+
+def _described(value: object) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
+
+
+def _listed(names: Sequence[str] | Feeds) -> str:
+    return ", ".join(f"'{name}'" for name in names) or "nothing"
+
+
+def _session(path: Path, *, threads: int, provider: str, optimize: bool) -> onnxruntime.InferenceSession:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    levels = ort.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+    options.intra_op_num_threads = _threads(threads)
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    options.use_deterministic_compute = True
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    # Without VNNI, products of UINT8 and INT8 saturate in INT16 unless the exact kernels are asked for.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    wanted: list[Any] = [CPU] if provider == CPU else [(CUDA, {"use_tf32": "0"}), CPU]
+    try:
+        session = ort.InferenceSession(str(path), options, providers=wanted)
+    except Exception as exc:
+        raise _translated(path, exc) from exc
+    if session.get_providers()[0] != provider:
+        raise BuildError(
+            f"{path.name}: needs ONNX Runtime's {provider}, which cannot be loaded here; a machine with an NVIDIA "
+            "driver, CUDA and cuDNN was expected. Install them, or build the engine on this machine."
+        )
+    return session
+
+
+def _specs(arguments: Sequence[Any]) -> tuple[TensorSpec, ...]:
+    return tuple(
+        TensorSpec(
+            name=argument.name,
+            dtype=_DTYPES.get(argument.type.removeprefix("tensor(").removesuffix(")"), argument.type),
+            shape=tuple("?" if dim is None else dim for dim in argument.shape),
+        )
+        for argument in arguments
+    )
+
+
+_NO_KERNEL = re.compile(
+    r"Could not find an implementation for (?P<op>[\w.]+)\((?P<since>\d+)\) node with name '(?P<node>[^']*)'"
+)
+_NO_OP = re.compile(
+    r"In Node, \(\"(?P<node>[^\"]*)\", (?P<op>\w+), \"(?P<domain>[^\"]*)\".*No Op registered", re.DOTALL
+)
+
+
+def _translated(path: Path, exc: Exception) -> BuildError:
+    """A failure of the runtime, in the project's wording; its own text stands last."""
+    text = str(exc)
+    own = text.rpartition(" : ")[2].strip().splitlines()[0] if text.strip() else type(exc).__name__
+    for pattern in (_NO_KERNEL, _NO_OP):
+        if found := pattern.search(text):
+            return BuildError(
+                f"{path.name}: node '{found['node']}': ONNX Runtime has no implementation of {found['op']} for these "
+                "types; an operator that it runs was expected. Keep the node in high precision (engines.keep), or "
+                f"express the model without {found['op']}."
+            )
+    return BuildError(
+        f"{path.name}: ONNX Runtime cannot run it; a model that it runs was expected. Its own words: {own}"
+    )
+
+
+# --- this machine ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Gpu:
+    """What the driver says of the first GPU."""
+
+    name: str
+    compute_capability: str
+    driver: str
+
+
+@functools.cache
+def _gpu() -> _Gpu | None:
+    """The first NVIDIA GPU, or None; asked of the driver's own tool, since loading CUDA takes seconds."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    query = [tool, "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+        name, compute_capability, driver = next(csv.reader(done.stdout.splitlines(), skipinitialspace=True))
+    except (OSError, subprocess.SubprocessError, ValueError, StopIteration):
+        return None
+    return _Gpu(name, compute_capability, driver)
+
+
+def _choose_provider(model: OnnxModel) -> tuple[str, list[str]]:
+    """The provider to build for, and a note where there is a GPU and it is not used."""
+    if _gpu() is None:
+        return CPU, []
+    if model.precision is Precision.INT8:
+        return CPU, ["built for the CPU: ONNX Runtime's CUDA provider has no INT8 kernels for Q/DQ models"]
+    try:
+        _session(model.path, threads=1, provider=CUDA, optimize=True)
+    except BuildError as exc:
+        return CPU, [f"built for the CPU, although there is a GPU: {exc.message}"]
+    return CUDA, []
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+@functools.cache
+def _cpu() -> str:
+    """The processor's own name."""
+    try:
+        with Path("/proc/cpuinfo").open() as file:
+            for line in file:
+                key, _, value = line.partition(":")
+                if key.strip() in ("model name", "Model"):
+                    return value.strip()
+    except OSError:
+        pass
+    return machine.processor() or machine.machine()
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _threads(threads: int) -> int:
+    return threads or _usable_cores()

@@ -1,0 +1,186 @@
+"""Does the quantised model still compute what the model computes? Asked on calibration samples, before anything is built.
+
+A wrong axis, a swapped scale or a range that a mask has blown up leave a valid graph that computes nonsense; the signal
+to quantisation noise ratio of the outputs shows them all, at the cost of a few runs. It is no verdict on accuracy: that
+is the validation's, on samples that set no range.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from compiler import onnx_files
+from compiler.data import Samples
+from compiler.errors import CalibrationError
+from compiler.spec import Array, CalibrationSet, OpenModel, Progress, no_progress
+
+SAMPLES = 16
+SUSPECT_SAMPLES = 4
+SUSPECTS = 3
+
+_MAKERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_CEILING_DB = 60.0
+"""Above this a tensor counts as exact when losses are ranked: what falls from 120 to 60 dB explains nothing."""
+
+
+@dataclass(kw_only=True)
+class _Power:
+    """Sums of squares over samples."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+    spoilt: int = 0
+    """Values that are finite in one model and not in the other."""
+
+    def add(self, reference: Array, found: Array) -> None:
+        expected, got = reference.astype(np.float64), found.astype(np.float64)
+        finite = np.isfinite(expected)
+        self.spoilt += int(np.count_nonzero(finite != np.isfinite(got)))
+        both = finite & np.isfinite(got)
+        self.signal += float(np.sum(expected[both] ** 2))
+        self.noise += float(np.sum((expected[both] - got[both]) ** 2))
+
+    @property
+    def sqnr_db(self) -> float:
+        """10 log10(signal / noise): inf where there is no noise, -inf where there is nothing else.
+
+        >>> round(_Power(signal=2.0, noise=0.02).sqnr_db, 1), _Power().sqnr_db, _Power(noise=1.0).sqnr_db
+        (20.0, inf, -inf)
+        """
+        if self.noise == 0.0:
+            return math.inf
+        return 10 * math.log10(self.signal / self.noise) if self.signal > 0.0 else -math.inf
+
+
+def check(
+    original: Path,
+    quantised: Path,
+    data: CalibrationSet,
+    *,
+    calibrated_on: Sequence[int],
+    min_sqnr_db: float,
+    seen_as: Mapping[str, str],
+    hints: Sequence[str],
+    open_model: OpenModel,
+    threads: int,
+    out_dir: Path,
+    progress: Progress,
+) -> str:
+    """Compare the outputs of two ONNX files on up to `SAMPLES` samples; returns a note with what was measured.
+
+    Args:
+        calibrated_on: samples that set ranges; others are taken where there are any.
+        seen_as: by activation of the original, the tensor of the quantised model that its consumers read instead.
+        hints: what calibration noticed, for the message.
+
+    Raises:
+        CalibrationError: an output is below ``min_sqnr_db``, or finite in one model only.
+    """
+    stored = Samples(data.path)
+    fresh = sorted(set(range(len(stored))) - set(calibrated_on))
+    pool = fresh or list(range(len(stored)))
+    taken = [pool[index * len(pool) // SAMPLES] for index in range(SAMPLES)] if len(pool) > SAMPLES else pool
+    runs = _Runs(stored=stored, open_model=open_model, threads=threads)
+    powers = runs.compare(original, quantised, taken, None, progress)
+    which = "calibration samples that set no range" if fresh else "calibration samples"
+    spoilt = {name: power.spoilt for name, power in powers.items() if power.spoilt}
+    if spoilt:
+        name, count = next(iter(spoilt.items()))
+        raise CalibrationError(
+            f"output '{name}': {count} values on {len(taken)} {which} are finite in one of the FP32 and the quantised "
+            "model and not in the other; finite values were expected. Keep layers in high precision (engines.keep)."
+        )
+    worst = min(powers, key=lambda name: powers[name].sqnr_db, default=None)
+    if worst is None:
+        return "the quantised model has no float output: its SQNR was not measured"
+    measured = powers[worst].sqnr_db
+    if measured < min_sqnr_db:
+        suspects = _suspects(runs, original, quantised, taken[:SUSPECT_SAMPLES], seen_as, out_dir)
+        raise CalibrationError(
+            f"output '{worst}': SQNR {measured:.1f} dB on {len(taken)} {which}; at least {min_sqnr_db:g} dB was "
+            f"expected (quantize.min_sqnr_db). Most is lost at {suspects}. Keep these in high precision "
+            "(engines.keep), or try another quantize.method."
+            + "".join(f" Calibration noted: {hint}." for hint in hints)
+        )
+    listed = ", ".join(f"{name} {power.sqnr_db:.1f} dB" for name, power in powers.items())
+    return f"SQNR against FP32 on {len(taken)} {which}: {listed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Runs:
+    """How two models are given the same samples."""
+
+    stored: Samples
+    open_model: OpenModel
+    threads: int
+
+    def compare(
+        self,
+        original: Path,
+        quantised: Path,
+        taken: Sequence[int],
+        pairs: Mapping[str, str] | None,
+        progress: Progress = no_progress,
+    ) -> dict[str, _Power]:
+        """Sums over ``taken`` by name in the original, of ``pairs`` (its name in the other), default: float outputs."""
+        powers: dict[str, _Power] = {}
+        with (
+            closing(self.open_model(original, threads=self.threads)) as reference,
+            closing(self.open_model(quantised, threads=self.threads)) as candidate,
+        ):
+            for done, index in enumerate(taken, start=1):
+                feeds = self.stored.feeds(index)
+                expected, found = {**feeds, **reference.run(feeds)}, candidate.run(feeds)
+                for name, other in (pairs or {name: name for name in found}).items():
+                    if expected[name].dtype.kind == "f":
+                        powers.setdefault(name, _Power()).add(expected[name], found[other])
+                progress(done, len(taken))
+        return powers
+
+
+def _suspects(
+    runs: _Runs, original: Path, quantised: Path, taken: Sequence[int], seen_as: Mapping[str, str], out_dir: Path
+) -> str:
+    """The tensors at which the ratio falls most from what their makers read, in words."""
+    networks = onnx_files.read(original), onnx_files.read(quantised)
+    values = [
+        {value.name: value for value in (*network.graph.inputs, *(v for node in network.graph for v in node.outputs))}
+        for network in networks
+    ]
+    products = [node.outputs[0].name for node in networks[0].graph if node.op_type in _MAKERS]
+    pairs = {str(name): str(name) for name in products if name in values[1]} | dict(seen_as)
+    files = []
+    for network, known, names, label in zip(networks, values, (pairs, pairs.values()), ("fp32", "int8"), strict=True):
+        for name in dict.fromkeys(names):
+            value = known[name]
+            if not value.is_graph_input() and not value.is_graph_output():
+                value.dtype = ir.DataType.FLOAT
+                network.graph.outputs.append(value)
+        path = out_dir / f"suspects-{label}.onnx"
+        files.append((path, *onnx_files.write(network, path)[1]))
+    powers = runs.compare(files[0][0], files[1][0], taken, pairs)
+    for file in (file for written in files for file in written):
+        file.unlink()
+    return _largest_falls(networks[0].graph, {name: power.sqnr_db for name, power in powers.items()})
+
+
+def _largest_falls(graph: ir.Graph, sqnr_db: Mapping[str, float]) -> str:
+    level: dict[ir.Value | None, float] = {
+        value: min(sqnr_db.get(str(value.name), _CEILING_DB), _CEILING_DB) for value in graph.inputs
+    }
+    falls = [(_CEILING_DB - level[value], _CEILING_DB, str(value.name)) for value in graph.inputs]
+    for node in graph:
+        before = min((level.get(value, _CEILING_DB) for value in node.inputs), default=_CEILING_DB)
+        for output in node.outputs:
+            after = min(sqnr_db.get(str(output.name), before), _CEILING_DB)
+            level[output] = after
+            falls.append((before - after, before, str(output.name)))
+    falls.sort(key=lambda fall: -fall[0])
+    return ", ".join(f"'{name}' ({before:.1f} to {before - fall:.1f} dB)" for fall, before, name in falls[:SUSPECTS])

@@ -1,0 +1,262 @@
+"""INT8 as QuantizeLinear and DequantizeLinear nodes: the one canonical form that every back end takes.
+
+Signed, zero point 0, one scale per activation and one per output channel of a weight; weights stored as INT8, biases
+in float: TensorRT refuses a bias in INT32 and any other zero point. Every node that reads rounded values has a
+DequantizeLinear of its own, every matrix product a QuantizeLinear too, each with scales of its own: where two products
+share one, ONNX Runtime leaves both in float and takes ten times as long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from compiler.errors import CalibrationError
+from compiler.quantize import placement, thresholds
+from compiler.quantize.observe import Observed
+from compiler.quantize.placement import Edge, Placement
+from compiler.spec import Array
+
+OLDEST_OPSET = 13
+"""The first in which DequantizeLinear takes a scale per channel."""
+
+BIAS_STEPS = float(1 << 30)
+"""A bias may be this many times scale(input) * scale(weight): runtimes that hold it in INT32 need a factor of two more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounded:
+    """What `insert` did."""
+
+    seen_as: Mapping[str, str]
+    """By name of a rounded activation: the tensor in which its consumers read the rounded values."""
+    source: Mapping[str, str]
+    """By name of a tensor that `insert` made: the activation that it is, rounded."""
+    notes: tuple[str, ...]
+
+
+def scales(placed: Placement, observed: Observed, *, method: str, percentile: float) -> dict[str, np.float32]:
+    """The scale of every activation that is to be rounded, by name.
+
+    Raises:
+        CalibrationError: one of them was not observed.
+    """
+    by_root: dict[str, np.float32] = {}
+    found = {}
+    for value in placed.activations:
+        root = str(placed.root[value].name)
+        if root not in by_root:
+            statistics = observed.get(root)
+            if statistics is None or statistics.bins is None:
+                raise CalibrationError(
+                    f"tensor '{root}': no statistics of it; those of every tensor to be rounded were expected. "
+                    "Run again without the cache: --no-cache."
+                )
+            by_root[root] = thresholds.scale(statistics, method=method, percentile=percentile)
+        found[str(value.name)] = by_root[root]
+    return found
+
+
+def insert(model: ir.Model, placed: Placement, scale_of: Mapping[str, np.float32]) -> Rounded:
+    """Round what ``placed`` says, in place. Inputs and outputs of the model keep their names and types.
+
+    Args:
+        placed: of ``model.graph`` as it is.
+        scale_of: for every activation of ``placed``, by name.
+
+    Raises:
+        CalibrationError: a weight holds NaN or Inf, or the opset is older than `OLDEST_OPSET`.
+    """
+    opset = model.opset_imports.get("", 0)
+    if opset < OLDEST_OPSET:
+        raise CalibrationError(
+            f"model: its opset is {opset}; INT8 needs {OLDEST_OPSET} or later. Export it again with a newer opset."
+        )
+    placement.check_weights(placed)
+    editor = _Editor(model.graph)
+    notes = editor.round_weights(placed, scale_of)
+    # Who computes in integers is asked of the graph as it was: rounding an activation hides what it is fused to.
+    integer = _integer_edges(model.graph, placed)
+    for value in placed.outputs:
+        editor.round_output(value, scale_of[str(value.name)], integer)
+    editor.round_edges(placed.edges, scale_of)
+    return Rounded(seen_as=editor.seen_as, source=editor.source, notes=tuple(notes))
+
+
+def round_weight(
+    weight: Array, axis: int | None, *, bias: Array | None = None, input_scale: float = 1.0
+) -> tuple[Array, Array, int]:
+    """A weight in INT8, its scales ([] or [channels], float32), and how many channels are all zero.
+
+    The scale of a channel is its largest magnitude / 127. A channel of zeros takes the largest scale of the others.
+    A channel whose weights are tiny beside its bias takes the scale at which the bias is `BIAS_STEPS` steps: below
+    that, a runtime that holds biases in INT32 clips the bias, while what such weights add to it is lost either way.
+
+    >>> q, scale, zeros = round_weight(np.array([[1.27, -0.5], [0.0, 0.0]], np.float32), 0)
+    >>> q.tolist(), scale.round(4).tolist(), zeros
+    ([[127, -50], [0, 0]], [0.01, 0.01], 1)
+    """
+    others = tuple(i for i in range(weight.ndim) if i != axis) if axis is not None else None
+    peak = np.abs(weight).max(axis=others)
+    zeros = int(np.count_nonzero(peak == 0))
+    scale = np.where(peak == 0, peak.max() or 1.0, peak) / np.float32(thresholds.LEVELS)
+    if bias is not None and bias.shape == scale.shape:
+        scale = np.maximum(scale, np.abs(bias) / (input_scale * BIAS_STEPS))
+    scale = np.maximum(scale, thresholds.SMALLEST_SCALE).astype(np.float32)
+    shape = [-1 if i == axis else 1 for i in range(weight.ndim)] if axis is not None else []
+    steps = np.rint(weight / scale.reshape(shape))
+    return np.clip(steps, -thresholds.LEVELS, thresholds.LEVELS).astype(np.int8), scale, zeros
+
+
+def _integer_edges(graph: ir.Graph, placed: Placement) -> frozenset[Edge]:
+    """Inputs of nodes that compute on, or pass on, eight bits."""
+    computing, outputs = set(placed.nodes), set(placed.outputs)
+    edges = {(node, 0) for node in computing}
+    for node in graph:
+        made = placement.fused_output(node) if node.op_type == "Add" else node.outputs[0]
+        if node not in computing and made in outputs:
+            edges.update((node, index) for index, value in enumerate(node.inputs) if value in placed.root)
+    return frozenset(edges)
+
+
+class _Editor:
+    """Puts nodes into a graph under names that are free."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.seen_as: dict[str, str] = {}
+        self.source: dict[str, str] = {}
+        self._graph = graph
+        self._names = {value.name for node in graph.all_nodes() for value in (*node.inputs, *node.outputs) if value}
+        self._names |= {value.name for value in graph.inputs} | {node.name for node in graph.all_nodes()}
+        self._names |= set(graph.initializers)
+
+    def round_weights(self, placed: Placement, scale_of: Mapping[str, np.float32]) -> list[str]:
+        notes = []
+        stored: dict[tuple[ir.Value, int | None, bytes], ir.Value] = {}
+        for node, index in placed.weights:
+            weight, activation = node.inputs[index], node.inputs[0]
+            assert weight is not None and weight.const_value is not None and activation is not None, "placed"
+            axis = placement.weight_axis((node, index))
+            bias = placement.constant(node.inputs[2]) if len(node.inputs) > 2 else None
+            input_scale = float(scale_of[str(activation.name)])
+            steps, scale, zeros = round_weight(weight.const_value.numpy(), axis, bias=bias, input_scale=input_scale)
+            if zeros:
+                notes.append(f"weight '{weight.name}': {zeros} of {scale.size} channels are all zero")
+            key = (weight, axis, scale.tobytes())
+            if key not in stored:
+                stored[key] = self._constant(f"{weight.name}_int8", steps)
+            name = f"{weight.name}_dequantized"
+            rounded, dequantize = self._dequantize(name, stored[key], scale, axis)
+            self._graph.insert_before(node, dequantize)
+            node.replace_input_with(index, rounded)
+        for weight in {key[0] for key in stored}:
+            if not weight.uses() and not weight.is_graph_output():
+                del self._graph.initializers[str(weight.name)]
+        return notes
+
+    def round_output(self, value: ir.Value, scale: np.float32, integer: frozenset[Edge]) -> None:
+        """Let every consumer of ``value``, and the caller of the model, read it rounded."""
+        name, producer = str(value.name), value.producer()
+        assert producer is not None, "only what a node makes is rounded where it is made"
+        uses, is_output = list(value.uses()), value.is_graph_output()
+        if is_output:
+            value.name = self._free(f"{name}_unrounded")
+        steps, quantize = self._quantize(name, value, scale)
+        nodes = [quantize]
+        for consumer, index in uses:
+            if (consumer, index) in integer:
+                rounded, dequantize = self._dequantize(f"{name}_dequantized", steps, scale, None, of=name)
+                nodes.append(dequantize)
+                consumer.replace_input_with(index, rounded)
+        others = [edge for edge in uses if edge not in integer]
+        if others or is_output:
+            rounded, dequantize = self._dequantize(
+                f"{name}_dequantized", steps, scale, None, of=name, exact=name if is_output else None
+            )
+            nodes.append(dequantize)
+            for consumer, index in others:
+                consumer.replace_input_with(index, rounded)
+        if is_output:
+            for place, output in enumerate(self._graph.outputs):
+                if output is value:
+                    self._graph.outputs[place] = rounded
+        self._graph.insert_after(producer, nodes)
+
+    def round_edges(self, edges: Sequence[Edge], scale_of: Mapping[str, np.float32]) -> None:
+        """Let each of these inputs read its activation rounded, and nobody else."""
+        shared: dict[ir.Value, tuple[ir.Value, ir.Node]] = {}
+        for node, index in edges:
+            value = node.inputs[index]
+            assert value is not None, "placed"
+            name, scale = str(value.name), scale_of[str(value.name)]
+            private = node.op_type in placement.PRODUCTS
+            if private or value not in shared:
+                steps, quantize = self._quantize(name, value, scale)
+                self._place_after(value, quantize)
+                if not private:
+                    shared[value] = steps, quantize
+            else:
+                steps, quantize = shared[value]
+            rounded, dequantize = self._dequantize(f"{name}_dequantized", steps, scale, None, of=name)
+            self._graph.insert_after(quantize, dequantize)
+            node.replace_input_with(index, rounded)
+
+    def _place_after(self, value: ir.Value, node: ir.Node) -> None:
+        producer = value.producer()
+        if producer is not None:
+            self._graph.insert_after(producer, node)
+        else:
+            self._graph.insert_before(self._graph[0], node)
+
+    def _quantize(self, name: str, value: ir.Value, scale: np.float32) -> tuple[ir.Value, ir.Node]:
+        output = _like(value, self._free(f"{name}_quantized"), ir.DataType.INT8)
+        inputs = [value, *self._parameters(str(output.name), np.asarray(scale))]
+        return output, ir.node("QuantizeLinear", inputs, outputs=[output], name=output.name)
+
+    def _dequantize(
+        self,
+        name: str,
+        steps: ir.Value,
+        scale: Array | np.float32,
+        axis: int | None,
+        *,
+        of: str | None = None,
+        exact: str | None = None,
+    ) -> tuple[ir.Value, ir.Node]:
+        output = _like(steps, exact or self._free(name), ir.DataType.FLOAT)
+        if of is not None:
+            self.seen_as.setdefault(of, str(output.name))
+            self.source[str(output.name)] = of
+        inputs = [steps, *self._parameters(str(output.name), np.asarray(scale))]
+        attributes = {} if axis is None else {"axis": axis}
+        node_name = self._free(name) if exact else output.name
+        return output, ir.node("DequantizeLinear", inputs, attributes, outputs=[output], name=node_name)
+
+    def _parameters(self, name: str, scale: Array) -> tuple[ir.Value, ir.Value]:
+        return (
+            self._constant(f"{name}_scale", scale.astype(np.float32)),
+            self._constant(f"{name}_zero_point", np.zeros(scale.shape, np.int8)),
+        )
+
+    def _constant(self, name: str, array: Array) -> ir.Value:
+        tensor = ir.Tensor(array, name=self._free(name))
+        value = ir.Value(
+            name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
+        )
+        self._graph.register_initializer(value)
+        return value
+
+    def _free(self, name: str) -> str:
+        free, number = name, 1
+        while free in self._names:
+            number += 1
+            free = f"{name}_{number}"
+        self._names.add(free)
+        return free
+
+
+def _like(value: ir.Value, name: str, dtype: ir.DataType) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=None if value.shape is None else value.shape.copy())
