@@ -437,6 +437,6 @@ def _check_finite(values: Floats, function: Measure, what: str, ids: NDArray[np.
     broken = ids[~np.isfinite(values)]
     if len(broken):
         raise RecipeError(
-            f"{_defined_at(function)}{what} on the original's outputs gave NaN or Inf for {len(broken)} samples, the "
-            f"first is {broken[0]}; finite numbers were expected. Correct the measure, or leave the samples out."
+            f"{_defined_at(function)}{what} on the original's outputs gave NaN or Inf for {len(broken)} of {len(ids)} "
+            f"samples, the first is {broken[0]}; finite numbers were expected. Correct the measure, or leave the samples out."
         )
