@@ -197,7 +197,7 @@ def _check_evidence(
     scores: Sequence[Scores],
     latencies: Latencies | None,
 ) -> None:
-    """What was judged is what ships."""
+    """What was judged is what ships; evidence on an engine that does not ship may be there too."""
     shipped = {engine.name: engine.sha256 for engine in engines}
     if clash := _clash([engine.name for engine in engines]):
         raise ArtifactError(
@@ -216,10 +216,10 @@ def _check_evidence(
         if latency.engine_sha256 is not None
     ]
     for what, engine, sha256 in evidence:
-        if shipped.get(engine) != sha256:
+        if shipped.get(engine, sha256) != sha256:
             raise ArtifactError(
-                f"{folder}: the {what} of engine '{engine}' was taken of a file with SHA-256 {sha256}; "
-                f"{shipped.get(engine, 'no such engine')} ships. Run again with --no-cache."
+                f"{folder}: the {what} of engine '{engine}' is that of a file with SHA-256 {sha256}; {shipped[engine]} is to "
+                "ship. Run again with --no-cache."
             )
 
 
@@ -528,20 +528,29 @@ def check_platform(engine: Engine, here: Platform) -> None:
         ArtifactError: another operating system or architecture, or an older runtime, than the one it was judged on.
     """
     built = engine.platform
-    if (here.os, here.arch) != (built.os, built.arch):
+    if (_system(here.os), here.arch) != (_system(built.os), built.arch):
         raise ArtifactError(
             f"{engine.path}: engine '{engine.name}' is for {built.os} {built.arch}; this machine is {here.os} {here.arch}. "
             "Build it on a machine like this one."
         )
-    for package, version in built.packages.items():
-        if _family(package) != _family(engine.backend):
-            continue
-        for installed, found in here.packages.items():
-            if _family(installed) == _family(package) and _numbers(found) < _numbers(version):
-                raise ArtifactError(
-                    f"{engine.path}: engine '{engine.name}' was judged on {package} {version}; found {installed} {found}. "
-                    f"Install {installed} {version} or later."
-                )
+    judged_on = _newest(built.packages, engine.backend)
+    installed = _newest(here.packages, engine.backend)
+    if judged_on and installed and _numbers(installed[1]) < _numbers(judged_on[1]):
+        raise ArtifactError(
+            f"{engine.path}: engine '{engine.name}' was judged on {' '.join(judged_on)}; found {' '.join(installed)}. "
+            f"Install {installed[0]} {judged_on[1]} or later."
+        )
+
+
+def _system(os_name: str) -> str:
+    """``Linux 6.1.0`` is the same system after an update of its kernel."""
+    return os_name.partition(" ")[0]
+
+
+def _newest(packages: Mapping[str, str], backend: str) -> tuple[str, str] | None:
+    """Package and version of a back end's runtime."""
+    runtimes = [(name, version) for name, version in packages.items() if _family(name) == _family(backend)]
+    return max(runtimes, key=lambda runtime: _numbers(runtime[1]), default=None)
 
 
 def _family(package: str) -> str:

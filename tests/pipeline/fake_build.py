@@ -5,6 +5,8 @@
 ``python fake_build.py interrupt FOLDER {kill,ENOSPC,EIO}``
     Build over and over, interrupted at the first, second, ... change of the disk until a build is not reached by the
     interruption; after each, build again. Prints one line of JSON for each.
+``python fake_build.py interrupt-publish FOLDER {kill,ENOSPC,EIO}``
+    The same for an artifact that takes the place of an older one.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from compiler import codec, durable
+from compiler import artifact, codec, durable
 from compiler.errors import BuildEngineError
 from compiler.pipeline.store import Store
+from compiler.spec import DataSets, Engine, Outcome, Platform, Precision, ValidationSet, Verdict
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "data": (),
@@ -151,9 +154,75 @@ def interrupt(folder: Path, how: str) -> None:
         sys.stdout.write(json.dumps(outcome) + "\n")
 
 
+# --- the same for an artifact ---------------------------------------------------------------------------------------
+
+
+def publish(folder: Path, version: int) -> str:
+    """Write an artifact whose run key and engine say ``version``."""
+    home = folder.parent.parent / f"engine{version}"
+    if not home.exists():
+        home.mkdir()
+        (home / "engine.onnx").write_bytes(bytes([version]) * 5000)
+    digest = hashlib.sha256(bytes([version]) * 5000).hexdigest()
+    platform = Platform(
+        os="linux", arch="x86_64", cpu="", cores=1, gpu=None, compute_capability=None, driver=None, packages={}
+    )
+    engine = Engine(
+        name="fp32", path=home / "engine.onnx", sha256=digest, size_bytes=5000, backend="onnxruntime", backend_reason="",
+        precision=Precision.FP32, model_sha256="", platform=platform, inputs=(), outputs=(), axes={}, build_s=0.0,
+    )  # fmt: skip
+    artifact.publish(
+        folder,
+        recipe={"name": "fake"},
+        engines=[engine],
+        verdicts=[Verdict(engine="fp32", engine_sha256=digest, outcome=Outcome.PASS, gates=())],
+        scores=[],
+        latencies=None,
+        data=DataSets(calibration=None, validation=ValidationSet(path=home, samples=1, sha256="", labelled=False)),
+        original={"onnx_bytes": 1},
+        platform=platform,
+        run_key=f"version {version}",
+        steps={},
+        report_md=f"version {version}",
+        report_json=b"{}",
+        now="2026-01-01T00:00:00+00:00",
+    )
+    return f"version {version}"
+
+
+def interrupt_publish(base: Path, how: str) -> None:
+    for nth in itertools.count(1):
+        folder = base / f"{nth}" / "dist" / "fake"
+        folder.parent.mkdir(parents=True)
+        for version in (2, 1):
+            publish(folder, version)
+
+        def interrupted(folder: Path = folder, nth: int = nth) -> bool:
+            seen = interrupt_at(nth, how)
+            publish(folder, 2)
+            return len(seen) >= nth
+
+        code, said = in_child(interrupted)
+        if code == 0 and said == "false":
+            return
+        _, found = in_child(lambda folder=folder: artifact.verify(folder).run_key)
+        again, _ = in_child(lambda folder=folder: publish(folder, 3))
+        _, final = in_child(lambda folder=folder: artifact.verify(folder).run_key)
+        outcome = {
+            "nth": nth,
+            "code": code,
+            "said": said,
+            "found": found,
+            "again": again,
+            "final": final,
+            "left": sorted(path.name for path in folder.parent.iterdir()),
+        }
+        sys.stdout.write(json.dumps(outcome) + "\n")
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "interrupt":
-        interrupt(Path(sys.argv[2]), sys.argv[3])
+    if sys.argv[1].startswith("interrupt"):
+        (interrupt if sys.argv[1] == "interrupt" else interrupt_publish)(Path(sys.argv[2]), sys.argv[3])
         sys.exit()
     options = [float(text) for text in sys.argv[4:]]
     try:
