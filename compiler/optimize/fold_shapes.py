@@ -7,6 +7,8 @@ Two axes of the same name have the same size: that is what ONNX means by a name.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -77,24 +79,39 @@ def _settle_target(node: ir.Node, known: dict[ir.Value, _Sizes], editor: edit.Ed
     """Give a Reshape a constant target, if 0 and -1 can stand for all that is dynamic in it."""
     source = edit.dims(edit.input_at(node, 0))
     target = _sizes(edit.input_at(node, 1), known)
-    if source is None or target is None or "allowzero" in node.attributes or edit.constant(node.inputs[1]) is not None:
+    if source is None or target is None or edit.constant(node.inputs[1]) is not None:
+        return 0
+    wanted = _without_rest(source, target.elements)
+    if any(isinstance(size, int) and size < 1 for size in wanted):
         return 0
     new: list[int | None] = []
-    for index, size in enumerate(target.elements):
+    for index, size in enumerate(wanted):
         copied = isinstance(size, str) and index < len(source) and source[index] == size
         new.append(size if isinstance(size, int) else 0 if copied else None)
     unknown = [index for index, size in enumerate(new) if size is None]
-    sizes_given = [size for size in target.elements if isinstance(size, int)]
-    if len(unknown) > 1 or any(size < 1 for size in sizes_given):
+    # Beside a copied axis, which may be 0 long, -1 would be undetermined.
+    if len(unknown) > 1 or (unknown and 0 in new):
         return 0
-    if unknown:
-        # Beside a copied axis, which may be 0 long, -1 would be undetermined.
-        if 0 in new:
-            return 0
-        new[unknown[0]] = -1
-    array = np.array(new, np.int64)
-    node.replace_input_with(1, editor.weight(array, wish=f"{node.outputs[0].name}_target", before=node))
+    settled = np.array([-1 if size is None else size for size in new], np.int64)
+    node.replace_input_with(1, editor.weight(settled, wish=f"{node.outputs[0].name}_target", before=node))
+    # Every number in it is at least 1 or copies, so only the default of 0 is right.
+    node.attributes.pop("allowzero", None)
     return 1
+
+
+def _without_rest(source: edit.Dims, target: edit.Dims) -> edit.Dims:
+    """``target`` with its -1 worked out, where both sides have the same dynamic axes.
+
+    >>> _without_rest(("batch", "tokens", 64), ("batch", "tokens", -1, 16))
+    ('batch', 'tokens', 4, 16)
+    """
+    sizes = [size for size in target if isinstance(size, int) and size != -1]
+    if target.count(-1) != 1 or None in source or None in target or math.prod(sizes) < 1:
+        return target
+    if Counter(d for d in source if isinstance(d, str)) != Counter(d for d in target if isinstance(d, str)):
+        return target
+    rest, left = divmod(math.prod(d for d in source if isinstance(d, int)), math.prod(sizes))
+    return target if left else tuple(rest if size == -1 else size for size in target)
 
 
 def _unexpanded(node: ir.Node, known: dict[ir.Value, _Sizes]) -> ir.Value | None:

@@ -28,7 +28,7 @@ def _run(model: ir.Model, limit_bytes: int) -> int:
 
 def _infer(node: ir.Node, model: ir.Model) -> int:
     outputs = [value for value in node.outputs if value.name and not value.is_graph_output()]
-    if not outputs or all(value.dtype is not None and edit.static(value) is not None for value in outputs):
+    if all(value.dtype is not None and None not in (edit.dims(value) or (None,)) for value in outputs):
         return 0
     if (tensor := edit.constant(node.outputs[0])) is not None:
         return _refine(outputs[0], ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy()))

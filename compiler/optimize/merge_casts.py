@@ -1,4 +1,4 @@
-"""Two Casts in a row, where the first loses nothing: one Cast.
+"""Two Casts in a row, where the first loses nothing: one Cast. CastLike, where the dtype is known: Cast.
 
 Why not onnxscript's rule: it drops float32 between float64 or int64 and float16, where rounding twice and rounding
 once differ.
@@ -52,6 +52,7 @@ def _run(model: ir.Model, limit_bytes: int) -> int:
         return 0
     for graph in edit.graphs(model):
         for node in graph:
+            changed += _name_target(node)
             middle = edit.input_at(node, 0)
             inner = middle.producer() if middle is not None else None
             if inner is None or not edit.is_op(node, "Cast") or not edit.is_op(inner, "Cast"):
@@ -67,9 +68,23 @@ def _run(model: ir.Model, limit_bytes: int) -> int:
     return changed
 
 
+def _name_target(node: ir.Node) -> int:
+    """Make a CastLike to a dtype that is known a Cast: fewer back ends know CastLike, and what it is like can go."""
+    if not edit.is_op(node, "CastLike") or node.attributes or len(node.inputs) != 2 or node.inputs[1] is None:
+        return 0
+    target = node.inputs[1].dtype
+    if target not in _FLOATS and target not in _INTEGERS:
+        return 0
+    assert target is not None
+    node.op_type = "Cast"
+    node.resize_inputs(1)
+    node.attributes["to"] = ir.AttrInt64("to", int(target))
+    return 1
+
+
 MERGE_CASTS = Pass(
     name="merge_casts",
-    does="skips a Cast to a wider type in front of another Cast",
+    does="skips a Cast to a wider type in front of another Cast, and gives CastLike its dtype",
     counts="nodes",
     run=_run,
 )

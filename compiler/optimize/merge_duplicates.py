@@ -26,11 +26,15 @@ def _run(model: ir.Model, limit_bytes: int) -> int:
 
 def _merge_nodes(graph: ir.Graph, model: ir.Model) -> int:
     changed = 0
-    first: dict[tuple[object, ...], ir.Node] = {}
+    alike: dict[tuple[object, ...], list[ir.Node]] = defaultdict(list)
     for node in graph:
-        key = _key(node, model)
-        kept = first.setdefault(key, node) if key is not None else node
-        if kept is node:
+        if not edit.is_pure(node, model) or edit.direct_subgraphs(node):
+            continue
+        inputs = tuple(None if value is None else id(value) for value in node.inputs)
+        candidates = alike[(node.op_type, node.domain, inputs, tuple(sorted(node.attributes)), len(node.outputs))]
+        kept = next((other for other in candidates if _same_attributes(node, other)), None)
+        if kept is None:
+            candidates.append(node)
             continue
         pairs = [(old, new) for old, new in zip(node.outputs, kept.outputs, strict=True) if edit.is_used(old)]
         if all(new.name and edit.can_replace(old, new) for old, new in pairs):
@@ -41,16 +45,23 @@ def _merge_nodes(graph: ir.Graph, model: ir.Model) -> int:
     return changed
 
 
-def _key(node: ir.Node, model: ir.Model) -> tuple[object, ...] | None:
-    if not edit.is_pure(node, model) or edit.direct_subgraphs(node):
-        return None
-    attributes = []
-    for name, attribute in sorted(node.attributes.items()):
-        if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().nbytes > _MAX_ATTRIBUTE_BYTES:
-            return None
-        attributes.append((name, ir.to_proto(attribute).SerializeToString(deterministic=True)))
-    inputs = tuple(None if value is None else id(value) for value in node.inputs)
-    return (node.op_identifier(), inputs, tuple(attributes), len(node.outputs))
+def _same_attributes(one: ir.Node, other: ir.Node) -> bool:
+    """Whether every attribute is the same, bit for bit: as bytes 0.0 and -0.0 differ, and NaN equals itself."""
+    for name, attribute in one.attributes.items():
+        theirs = other.attributes[name]
+        if attribute.type == theirs.type == ir.AttributeType.TENSOR and not (attribute.is_ref() or theirs.is_ref()):
+            mine, yours = attribute.as_tensor(), theirs.as_tensor()
+            if mine.dtype == ir.DataType.STRING or mine.nbytes > _MAX_ATTRIBUTE_BYTES or mine.dtype != yours.dtype:
+                return False
+            if mine.shape != yours.shape or mine.tobytes() != yours.tobytes():
+                return False
+        elif _bytes(attribute) != _bytes(theirs):
+            return False
+    return True
+
+
+def _bytes(attribute: ir.Attr) -> bytes:
+    return bytes(ir.to_proto(attribute).SerializeToString(deterministic=True))
 
 
 def _merge_weights(graph: ir.Graph) -> int:

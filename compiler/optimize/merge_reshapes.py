@@ -1,10 +1,12 @@
-"""Nodes that only regroup axes, in front of a Reshape whose target says everything: the Reshape alone.
+"""Nodes that only regroup axes, in front of a Reshape whose target says everything: the Reshape alone. Two Unsqueezes
+in a row: one. Squeeze and Unsqueeze that undo each other: neither.
 
 Why not onnxscript's rule: it turns a 0 of the target into -1, which a tensor without elements leaves undetermined.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from compiler.optimize import edit
@@ -15,6 +17,7 @@ _REGROUPING = ("Flatten", "Reshape", "Squeeze", "Unsqueeze")
 
 def _run(model: ir.Model, limit_bytes: int) -> int:
     del limit_bytes
+    editor = edit.Editor(model)
     changed = 0
     for graph in edit.graphs(model):
         for node in graph:
@@ -23,6 +26,10 @@ def _run(model: ir.Model, limit_bytes: int) -> int:
             if inner is None or not edit.is_op(inner, *_REGROUPING) or not inner.inputs or inner.inputs[0] is None:
                 continue
             if _is_absolute(node, edit.opset(model)):
+                node.replace_input_with(0, inner.inputs[0])
+                changed += 1
+            elif (axes := _combined(node, inner)) is not None:
+                _set_axes(node, axes, editor)
                 node.replace_input_with(0, inner.inputs[0])
                 changed += 1
             elif _undoes(node, inner) and edit.replace(node.outputs[0], inner.inputs[0]):
@@ -49,6 +56,28 @@ def _undoes(node: ir.Node, inner: ir.Node) -> bool:
     return ours is not None and theirs is not None and min([0, *ours, *theirs]) == 0 and sorted(ours) == sorted(theirs)
 
 
+def _combined(node: ir.Node, inner: ir.Node) -> list[int] | None:
+    """The axes of one Unsqueeze that does what two in a row do.
+
+    The outer axes are places in the result; the inner ones fill the places that are left, in order.
+    """
+    if not edit.is_op(node, "Unsqueeze") or not edit.is_op(inner, "Unsqueeze"):
+        return None
+    ours, theirs = _axes(node), _axes(inner)
+    if ours is None or theirs is None or min([0, *ours, *theirs]) < 0 or not edit.feeds_only(inner.outputs[0], node):
+        return None
+    left = [place for place in range(len(ours) + max(theirs, default=0) + 1) if place not in ours]
+    return sorted([*ours, *(left[axis] for axis in theirs)])
+
+
+def _set_axes(node: ir.Node, axes: list[int], editor: edit.Editor) -> None:
+    if "axes" in node.attributes:
+        node.attributes["axes"] = ir.AttrInt64s("axes", axes)
+    else:
+        value = editor.weight(np.array(axes, np.int64), wish=f"{node.outputs[0].name}_axes", before=node)
+        node.replace_input_with(1, value)
+
+
 def _axes(node: ir.Node) -> list[int] | None:
     attribute = node.attributes.get("axes")
     if attribute is not None:
@@ -58,7 +87,7 @@ def _axes(node: ir.Node) -> list[int] | None:
 
 MERGE_RESHAPES = Pass(
     name="merge_reshapes",
-    does="skips what only regroups axes in front of a Reshape to a constant shape, and pairs of Squeeze and Unsqueeze",
+    does="skips nodes that regroup axes in front of a Reshape to a constant shape, and merges Squeeze and Unsqueeze",
     counts="nodes",
     run=_run,
 )

@@ -149,7 +149,7 @@ def _neutral(right: Callable[[Array], bool], *, commutes: bool) -> _Check:
         for keep, drop in sides:
             kept, shape = node.inputs[keep], edit.dims(node.inputs[keep])
             other = edit.constant_array(node.inputs[drop], max_elements=1)
-            if other is None or other.size != 1 or other.dtype.kind not in "iuf" or edit.constant(kept) is not None:
+            if other is None or other.size != 1 or other.dtype.kind not in "iufb" or edit.constant(kept) is not None:
                 continue
             if (shape is not None or other.ndim == 0) and other.ndim <= len(shape or ()) and right(other):
                 return kept
@@ -166,6 +166,8 @@ _CHECKS: dict[str, _Check] = {
     "Sub": _neutral(lambda c: bool(c == 0 and (c.dtype.kind in "iu" or not np.signbit(c).any())), commutes=False),
     "Mul": _neutral(lambda c: bool(c == 1), commutes=True),
     "Div": _neutral(lambda c: bool(c == 1), commutes=False),
+    "And": _neutral(lambda c: bool(c.all()), commutes=True),
+    "Or": _neutral(lambda c: not c.any(), commutes=True),
     "Cast": _cast,
     "CastLike": _cast_like,
     "Concat": _one_input,
