@@ -134,10 +134,10 @@ def main() -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except Exception:
+    except Exception as exc:
         with tempfile.NamedTemporaryFile("w", prefix="build-engine-", suffix=".log", delete=False) as log:
             log.write(traceback.format_exc())
-        click.echo(f"error: a bug in build-engine, please report it; the traceback is in {log.name}", err=True)
+        click.echo(f"error: a bug in build-engine: {exc}\nPlease report it; the traceback is in {log.name}", err=True)
         sys.exit(1)
 
 

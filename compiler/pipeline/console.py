@@ -11,6 +11,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from compiler import report
 from compiler.pipeline.plan import Plan, Step
 from compiler.pipeline.run import StepRecord
 
@@ -81,8 +82,13 @@ class ConsoleWatcher:
         self._console.print(Text(f"  waiting for another build ({holder}) that runs the same step", style="dim"))
 
 
+_FULL_WIDTH = 120
+"""Columns that the table of engines needs on one line per row; a file or a pipe gets them."""
+
+
 def make() -> Console:
-    return Console(file=sys.stderr, highlight=False, soft_wrap=not sys.stderr.isatty())
+    """A console on standard error."""
+    return Console(file=sys.stderr, highlight=False, width=None if sys.stderr.isatty() else 2 * _FULL_WIDTH)
 
 
 def show_plan(console: Console, plan: Plan, hits: Mapping[str, bool]) -> None:
@@ -96,20 +102,21 @@ def show_plan(console: Console, plan: Plan, hits: Mapping[str, bool]) -> None:
     console.print(table)
 
 
-def show_report(console: Console, report: Mapping[str, Any], headings: tuple[str, ...], rows: list[list[str]]) -> None:
-    """The table of engines, then every gate that did not pass, then what to know."""
+def show_report(console: Console, content: Mapping[str, Any]) -> None:
+    """The table of engines, then every gate that did not pass."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in headings:
+    rows = report.table(content, separator=" " if console.width >= _FULL_WIDTH else "\n")
+    for heading in report.HEADINGS:
         table.add_column(heading, overflow="fold", justify="left" if heading in ("engine", "verdict") else "right")
     for row in rows:
         *cells, verdict = row
         table.add_row(*cells, Text(verdict, style=_STYLES.get(verdict, "")))
     console.print()
     console.print(table)
-    for engine in report["engines"]:
+    for engine in content["engines"]:
         for gate in engine["gates"]:
             if gate["outcome"] != "pass":
                 style = _STYLES[gate["outcome"]]
                 console.print(Text.assemble((f"{gate['outcome']}: ", style), f"{engine['name']}: {gate['reason']}"))
-    for failure in report["failures"]:
+    for failure in content["failures"]:
         console.print(Text.assemble(("failed: ", "bold red"), f"{failure['engine']}: {failure['message']}"))

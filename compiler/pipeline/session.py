@@ -107,7 +107,7 @@ def _print_report(content: Mapping[str, Any], options: Options) -> None:
     if options.as_json:
         sys.stdout.write(json.dumps({key: content[key] for key in content if key != "folder"}, indent=1) + "\n")
     else:
-        console.show_report(console.make(), content, report.HEADINGS, report.table(content))
+        console.show_report(console.make(), content)
 
 
 def _build(recipe: recipes.Recipe, base: Path, plan: plans.Plan, store: Store, options: Options) -> int:

@@ -95,7 +95,7 @@ def _reference(job: Job) -> Outputs:
 
 def _optimize(job: Job) -> OnnxModel:
     from compiler.backends.onnxruntime import open_model
-    from compiler.optimize import optimize
+    from compiler.optimize.driver import optimize
 
     return optimize(
         job.recipe.optimize, job.inputs["model"], open_model=open_model, out_dir=job.out_dir, progress=job.progress

@@ -16,7 +16,6 @@ from compiler.spec import DataSets, Engine, Latencies, Outcome, Platform, Scores
 SCHEMA = 1
 HEADINGS = (
     "engine",
-    "precision",
     "MiB",
     "metric",
     "drop or bounds",
@@ -113,29 +112,34 @@ def _set(data: Any) -> dict[str, Any] | None:
     return None if data is None else {"samples": data.samples, "sha256": data.sha256}
 
 
-def table(report: Mapping[str, Any]) -> list[list[str]]:
-    """Rows under `HEADINGS`: the original first, then every engine; one row per batch size that was timed."""
+def table(report: Mapping[str, Any], *, separator: str = " ") -> list[list[str]]:
+    """Rows under `HEADINGS`: the original first, then every engine; one row per batch size that was timed.
+
+    ``separator`` stands between a value and its bounds.
+    """
     original = report["original"]
     size = f"{original['onnx_bytes'] / 2**20:.2f}"
     rows = [
-        [speed["candidate"], "fp32", size, "", "", *_speed_cells(speed), ""]
+        [f"original ({speed['candidate']})", size, "", "", *_speed_cells(speed, separator), ""]
         for speed in original["speeds"]
         if speed["candidate"] != "control"
     ]
     for engine in report["engines"]:
-        metric, change = _main_score(engine)
-        lead = [engine["name"], engine["precision"], f"{engine['size_bytes'] / 2**20:.2f}", metric, change]
+        label = engine["name"] if engine["name"] == engine["precision"] else f"{engine['name']} ({engine['precision']})"
+        lead = [label, f"{engine['size_bytes'] / 2**20:.2f}", *_main_score(engine, separator)]
         speeds = engine["speeds"] or [None]
         for index, speed in enumerate(speeds):
-            cells = _speed_cells(speed) if speed else ["", "", "", ""]
-            rows.append([*(lead if index == 0 else [""] * 5), *cells, engine["outcome"] if index == 0 else ""])
+            cells = _speed_cells(speed, separator) if speed else ["", "", "", ""]
+            rows.append([*(lead if index == 0 else [""] * len(lead)), *cells, engine["outcome"] if index == 0 else ""])
     return rows
 
 
-def _speed_cells(speed: Mapping[str, Any]) -> list[str]:
+def _speed_cells(speed: Mapping[str, Any], separator: str) -> list[str]:
     ratio = ""
     if speed["speedup"] is not None:
-        ratio = f"{speed['speedup']:.2f}x [{speed['speedup_low']:.2f}, {speed['speedup_high']:.2f}]"
+        ratio = f"{speed['speedup']:.2f}x"
+        if speed["speedup_low"] is not None:
+            ratio += f"{separator}[{speed['speedup_low']:.2f}, {speed['speedup_high']:.2f}]"
     return [str(speed["batch"]), _ms(speed["p50_ms"]), _ms(speed["p99_ms"]), ratio]
 
 
@@ -143,19 +147,19 @@ def _ms(value: float | None) -> str:
     return "n/a" if value is None else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
-def _main_score(engine: Mapping[str, Any]) -> tuple[str, str]:
+def _main_score(engine: Mapping[str, Any], separator: str) -> tuple[str, str]:
     """The metric that the first accuracy gate is about, else the first score; and what the gate found, with its bounds."""
     scores = {score["metric"]: score for score in engine["scores"]}
     gate = next((gate for gate in engine["gates"] if gate["metric"] in scores), None)
     name = gate["metric"] if gate else next(iter(scores), None)
     if name is None:
         return "", ""
-    metric = f"{name} {_number(scores[name]['value'])}"
+    metric = f"{name}{separator}{_number(scores[name]['value'])}"
     if gate is None:
         return metric, ""
     drop = f"drop {gate['measured']:.4f}" if scores[name]["change"] is not None and gate["measured"] is not None else ""
     bounds = "" if gate["low"] is None or gate["high"] is None else f"[{_number(gate['low'])}, {_number(gate['high'])}]"
-    return metric, f"{drop} {bounds}".strip()
+    return metric, separator.join(part for part in (drop, bounds) if part)
 
 
 def _number(value: float) -> str:
