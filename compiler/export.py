@@ -43,7 +43,7 @@ from compiler import onnx_files
 from compiler.data import Samples, SampleWriter, first_samples
 from compiler.errors import BuildError, ExportError, RecipeError
 from compiler.recipe import Recipe, dims
-from compiler.source import Sources, call_user, is_user_code, load_callable, nearest, shown, user_line
+from compiler.source import Sources, call_user, is_user_code, load_callable, shown, suggestion, user_line
 from compiler.spec import (
     Array,
     DimRange,
@@ -391,7 +391,7 @@ def _bind_parameters(
     if unknown and inspect.Parameter.VAR_KEYWORD not in kinds:
         raise ExportError(
             f"{where}: forward() of {type(model).__name__} has no parameter '{unknown[0]}'; "
-            f"{nearest(unknown[0], accepted)}. Rename [model.inputs.{unknown[0]}]."
+            f"{suggestion(unknown[0], accepted)} Rename [model.inputs.{unknown[0]}]."
         )
     missing = [name for name in accepted if parameters[name].default is inspect.Parameter.empty and name not in names]
     if missing:
@@ -410,9 +410,8 @@ def _load_weights(model: torch.nn.Module, path: Path) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError) as exc:
-        reason = re.search(r"Unsupported global: .*?\.|Trying to load unsupported GLOBAL \S+", str(exc))
         raise ExportError(
-            f"{shown(path)}: {reason[0].rstrip('.') if reason else _first_line(exc)}; a state dict of plain tensors was "
+            f"{shown(path)}: {_load_failure(exc)}; a state dict of plain tensors was "
             "expected. Save it with safetensors.torch.save_model, or torch.save(model.state_dict(), path)."
         ) from exc
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
@@ -427,7 +426,7 @@ def _load_weights(model: torch.nn.Module, path: Path) -> None:
     if unexpected:
         raise ExportError(
             f"{shown(path)}: {_count(unexpected)} not in {type(model).__name__}; "
-            f"{nearest(unexpected[0], missing) if missing else 'the names of its state_dict() were expected'}. Save the "
+            f"{suggestion(unexpected[0], missing) if missing else 'the names of its state_dict() were expected.'} Save the "
             "weights of this very model."
         )
     if missing:
@@ -442,6 +441,14 @@ def _load_weights(model: torch.nn.Module, path: Path) -> None:
                 "weights of this very model."
             )
     model.load_state_dict(state, strict=False)
+
+
+def _load_failure(exc: Exception) -> str:
+    """Why torch did not read a file; its own advice on pickled objects, to load them all the same, is not passed on."""
+    if not isinstance(exc, pickle.UnpicklingError):
+        return _first_line(exc)
+    blocked = re.search(r"(?i)unsupported global:? (?:global )?([\w.]+)", str(exc))
+    return f"holds a pickled {blocked[1]}" if blocked else "holds pickled objects"
 
 
 def _count(names: Sequence[str]) -> str:
@@ -473,7 +480,7 @@ def _load_hf(recipe: Recipe, sources: Sources, notes: list[str]) -> torch.nn.Mod
         ) from exc
     task = recipe.model.task
     if task not in HF_TASKS:
-        raise RecipeError(f"[model] task: found '{task}'; {nearest(task, HF_TASKS)}.")
+        raise RecipeError(f"[model] task: found '{task}'; {suggestion(task, HF_TASKS)}")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     local = sources.model_path is not None
@@ -520,7 +527,7 @@ def _load_program(
             module = program.module()
     except Exception as exc:
         raise ExportError(
-            f"{where}: {_first_line(exc)}; a program saved by torch.export.save was expected, without pickled objects. "
+            f"{where}: {_load_failure(exc)}; a program saved by torch.export.save was expected, without pickled objects. "
             "Save it again with this version of torch."
         ) from exc
     finally:
@@ -534,7 +541,7 @@ def _load_program(
         odd = next((name for name in names if name not in own), None)
         raise ExportError(
             f"{where}: inputs {', '.join(own)}; found {', '.join(names)} in the recipe. "
-            + (f"'{odd}': {nearest(odd, own)}." if odd else "Add what is missing to [model.inputs].")
+            + (f"'{odd}': {suggestion(odd, own)}" if odd else "Add what is missing to [model.inputs].")
         )
     order = [names.index(name) for name in own]
     structure = program.call_spec.in_spec
@@ -616,7 +623,7 @@ class _TorchRunner:
                 )
         if unknown := [name for name in feeds if name not in [spec.name for spec in self.inputs]]:
             raise BuildError(
-                f"original: unknown input '{unknown[0]}'; {nearest(unknown[0], [spec.name for spec in self.inputs])}."
+                f"original: unknown input '{unknown[0]}'; {suggestion(unknown[0], [spec.name for spec in self.inputs])}"
             )
 
 
@@ -802,7 +809,7 @@ def _trace(
 ) -> ir.Model:
     """Run the exporter: with the axes' ranges where it takes them, else with their names only."""
     free = {name: axis for name, axis in recipe.axes.items() if axis.min < axis.max}
-    problem: tuple[str, Exception | None] | None = None
+    failure: Exception | None = None
     with log.open("w") as file:
         for ranged in (True, False):
             try:
@@ -829,25 +836,23 @@ def _trace(
                     )
             except Exception as exc:
                 traceback.print_exc(file=file)
-                problem = problem or (_explain(exc, original, recipe, opset), exc)
+                failure = failure or exc
                 continue
             assert program is not None
-            found = _specialised(program, original, recipe)
-            if found is None:
-                if problem is not None:
-                    notes.append("the exporter did not take the axes' ranges; it took their names")
-                return program.model
-            problem = (found, None)
-    assert problem is not None
-    raise ExportError(problem[0]) from problem[1]
+            _check_interface(program, original, recipe)
+            if failure is not None:
+                notes.append("the exporter did not take the axes' ranges; it took their names")
+            return program.model
+    assert failure is not None
+    raise ExportError(_explain(failure, original, recipe, opset)) from failure
 
 
-def _specialised(program: Any, original: _Original, recipe: Recipe) -> str | None:
-    """What the exporter did to the interface without a word: an input lost, an axis fixed, its range narrowed."""
+def _check_interface(program: Any, original: _Original, recipe: Recipe) -> None:
+    """Refuse what the exporter did without a word: an input lost, an axis fixed, its range narrowed."""
     found = [value.name for value in program.model.graph.inputs]
     wanted = [spec.name for spec in recipe.inputs]
     if found != wanted:
-        return (
+        raise ExportError(
             f"{original.where}: the exported model has inputs {', '.join(map(str, found))}; {', '.join(wanted)} were "
             "expected. Give each input its own parameter of forward(), and use it there."
         )
@@ -863,15 +868,16 @@ def _specialised(program: Any, original: _Original, recipe: Recipe) -> str | Non
                 "range, int), and write it with tensor operations; or narrow the axis."
             )
             if isinstance(value.shape[place], int):
-                return f"{original.where}: axis '{dim}' of '{spec.name}' is fixed to {value.shape[place]}; {advice}"
+                raise ExportError(
+                    f"{original.where}: axis '{dim}' of '{spec.name}' is fixed to {value.shape[place]}; {advice}"
+                )
             symbol = getattr(getattr(tensor.shape[place], "node", None), "expr", None)
             limits = program.exported_program.range_constraints.get(symbol)
             if limits is not None and (limits.upper < axis.max or limits.lower > max(axis.min, 2)):
-                return (
+                raise ExportError(
                     f"{original.where}: axis '{dim}' of '{spec.name}' is limited to sizes {limits.lower} to "
                     f"{limits.upper}; {advice}"
                 )
-    return None
 
 
 def _explain(exc: Exception, original: _Original, recipe: Recipe, opset: int) -> str:
@@ -982,7 +988,11 @@ def _quiet(file: TextIO) -> Iterator[None]:
         for handler in logger.handlers
         if isinstance(handler, logging.StreamHandler) and handler.stream in console
     }
-    with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file), warnings.catch_warnings():
+    with (
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+        warnings.catch_warnings(record=True) as warned,
+    ):
         warnings.simplefilter("default")
         for handler in handlers:
             handler.setStream(file)
@@ -991,6 +1001,8 @@ def _quiet(file: TextIO) -> Iterator[None]:
         finally:
             for handler, stream in handlers.items():
                 handler.setStream(stream)
+            for one in warned:
+                file.write(warnings.formatwarning(one.message, one.category, one.filename, one.lineno))
 
 
 def _adopt(recipe: Recipe, sources: Sources, path: Path, notes: list[str], external_above: int) -> None:
@@ -1003,7 +1015,7 @@ def _adopt(recipe: Recipe, sources: Sources, path: Path, notes: list[str], exter
     wanted = {spec.name: spec for spec in recipe.inputs}
     for name in wanted:
         if name not in by_name:
-            raise ExportError(f"{where}: no input '{name}'; {nearest(name, by_name)}. Rename [model.inputs.{name}].")
+            raise ExportError(f"{where}: no input '{name}'; {suggestion(name, by_name)} Rename [model.inputs.{name}].")
     if missing := [name for name in by_name if name not in wanted]:
         raise ExportError(
             f"{where}: its input '{missing[0]}' is not in the recipe, which has {', '.join(wanted)}. Add "

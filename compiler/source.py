@@ -164,7 +164,7 @@ def shown(path: Path) -> str:
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """What to say beside a wrong name.
+    """What to say beside a wrong name; the caller ends the sentence.
 
     >>> nearest("imge", ["image", "mask"])
     "did you mean 'image'?"
@@ -174,6 +174,16 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     known = list(choices)
     close = difflib.get_close_matches(word, known, n=1)
     return f"did you mean '{close[0]}'?" if close else f"expected one of {', '.join(known)}"
+
+
+def suggestion(word: str, choices: Iterable[str]) -> str:
+    """`nearest`, with the end of its sentence.
+
+    >>> suggestion("x", ["image", "mask"])
+    'expected one of image, mask.'
+    """
+    hint = nearest(word, choices)
+    return hint if hint.endswith("?") else f"{hint}."
 
 
 # --- fingerprints ---------------------------------------------------------------------------------------------------
