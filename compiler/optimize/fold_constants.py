@@ -228,7 +228,7 @@ def _compute(node: ir.Node, inputs: Sequence[Array | None], version: int) -> lis
         return [np.full([int(dim) for dim in first], fill[0])] if fill.dtype in _CASTABLE else None
     attributes = {name: _plain(attribute) for name, attribute in node.attributes.items()}
     operator = onnx.reference.ops.load_op("", node.op_type, version)
-    results = operator.eval(*inputs, n_outputs=len(node.outputs), **attributes)
+    results = operator.create(len(inputs), n_outputs=len(node.outputs), **attributes).run(*inputs)
     return [
         np.ascontiguousarray(result).reshape(np.shape(result))
         for result in (results if isinstance(results, list | tuple) else [results])
