@@ -168,72 +168,87 @@ def _number(value: float) -> str:
 
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as Markdown for a pull request; names are escaped."""
-    lines = [f"# {_escape(report['name'])}: {report['outcome']}", "", f"Finished {report['finished']}.", ""]
-    lines += ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
-    lines += ["| " + " | ".join(_escape(cell) for cell in row) + " |" for row in table(report)]
-    lines += ["", "## Gates", "", "| engine | gate | outcome | why |", "|---|---|---|---|"]
-    for engine in report["engines"]:
-        for gate in engine["gates"]:
-            cells = (engine["name"], gate["gate"], gate["outcome"], gate["reason"])
-            lines.append("| " + " | ".join(_escape(str(cell)) for cell in cells) + " |")
-    for failure in report["failures"]:
-        lines += ["", f"**{_escape(failure['engine'])} was not built:** {_escape(failure['message'])}"]
-    lines += ["", "## Scores", "", "| engine | metric | engine's | original's | change | lost | gained | samples |"]
-    lines.append("|" + "---|" * 8)
-    for engine in report["engines"]:
-        for score in engine["scores"]:
-            paired = score["original"] is not None
-            cells = (
-                engine["name"],
-                score["metric"],
-                f"{score['value']:.6g}",
-                f"{score['original']:.6g}" if paired else "",
-                f"{score['change']:+.4g}" if paired else "",
-                str(score["lost"]) if score["binary"] and paired else "",
-                str(score["gained"]) if score["binary"] and paired else "",
-                str(score["samples"]),
-            )
-            lines.append("| " + " | ".join(_escape(cell) for cell in cells) + " |")
-    lines += ["", "## Evidence", ""]
-    validation, calibration = report["data"]["validation"], report["data"]["calibration"]
-    lines.append(f"- Validation: {validation['samples']} samples, SHA-256 `{validation['sha256']}`.")
-    if calibration:
-        lines.append(
-            f"- Calibration: {calibration['samples']} samples, SHA-256 `{calibration['sha256']}`; none is shared."
-        )
-    lines.append(
-        "- A fixed validation set bounds the error over samples like these, not over what you will meet later."
-    )
-    platform = report["platform"]
+    engines = report["engines"]
+    gates = [
+        (engine["name"], gate["gate"], gate["outcome"], gate["reason"])
+        for engine in engines
+        for gate in engine["gates"]
+    ]
+    steps = [
+        (step["id"], f"{step['seconds']:.1f}", step["peak_mib"] or "", "yes" if step["hit"] else "")
+        for step in report["steps"]
+    ]
+    parts = [
+        f"# {_escape(report['name'])}: {report['outcome']}",
+        f"Finished {report['finished']}.",
+        _grid(HEADINGS, table(report)),
+        *(f"**{_escape(f['engine'])} was not built:** {_escape(f['message'])}" for f in report["failures"]),
+        "## Gates",
+        _grid(("engine", "gate", "outcome", "why"), gates),
+        "## Scores",
+        _grid(
+            ("engine", "metric", "engine's", "original's", "change", "lost", "gained", "samples"),
+            [_score_cells(engine["name"], score) for engine in engines for score in engine["scores"]],
+        ),
+        "## Evidence",
+        "\n".join(f"- {line}" for line in _evidence(report)),
+        "## Engines",
+        "\n".join(line for engine in engines for line in _engine_lines(engine)),
+        "## Steps",
+        _grid(("step", "seconds", "peak MiB", "from the store"), steps),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _grid(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [headings, ["---"] * len(headings), *([_escape(str(cell)) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _score_cells(engine: str, score: Mapping[str, Any]) -> list[str]:
+    paired = score["original"] is not None
+    counted = paired and score["binary"]
+    return [
+        engine,
+        score["metric"],
+        f"{score['value']:.6g}",
+        f"{score['original']:.6g}" if paired else "",
+        f"{score['change']:+.4g}" if paired else "",
+        str(score["lost"]) if counted else "",
+        str(score["gained"]) if counted else "",
+        str(score["samples"]),
+    ]
+
+
+def _evidence(report: Mapping[str, Any]) -> list[str]:
+    """What the numbers rest on, a line each."""
+    data, platform, latency = report["data"], report["platform"], report["latency"]
     packages = ", ".join(f"{name} {version}" for name, version in sorted(platform["packages"].items()))
-    gpu = f", {platform['gpu']}" if platform["gpu"] else ", no GPU"
-    lines.append(
-        f"- Platform: {_escape(platform['cpu'])}, {platform['cores']} cores{gpu}, {platform['os']} {platform['arch']}; {packages}."
-    )
-    latency = report["latency"]
+    lines = [f"Validation: {data['validation']['samples']} samples, SHA-256 `{data['validation']['sha256']}`."]
+    if data["calibration"]:
+        calibration = data["calibration"]
+        lines.append(
+            f"Calibration: {calibration['samples']} samples, SHA-256 `{calibration['sha256']}`; none is in both sets."
+        )
+    lines += [
+        "A fixed validation set bounds the error over samples like these, not over what a deployment meets later.",
+        f"Platform: {_escape(platform['cpu'])}, {platform['cores']} cores, {platform['gpu'] or 'no GPU'}, "
+        f"{platform['os']} {platform['arch']}; {packages}.",
+    ]
     if latency:
         lines.append(
-            f"- Latency: {latency['boundary']} {latency['threads']} threads; load {latency['load_before']:.1f} before, "
-            f"{latency['load_after']:.1f} after; measured {latency['started']}. Raw samples are in report.json."
+            f"Latency: {latency['boundary']}. {latency['threads']} threads; load {latency['load_before']:.1f} before and "
+            f"{latency['load_after']:.1f} after; measured {latency['started']}. Every sample is in report.json."
         )
-    lines += [f"- {_escape(note)}" for note in _notes(report)]
-    lines += ["", "## Engines", ""]
-    for engine in report["engines"]:
-        lines.append(
-            f"- `{_escape(engine['name'])}`: {engine['backend']} ({_escape(engine['backend_reason'])}), SHA-256 `{engine['sha256']}`"
-        )
-        lines += [f"  - {_escape(note)}" for note in engine["notes"]]
-    lines += ["", "## Steps", "", "| step | seconds | peak MiB | from the store |", "|---|---|---|---|"]
-    for step in report["steps"]:
-        lines.append(
-            f"| {_escape(step['id'])} | {step['seconds']:.1f} | {step['peak_mib'] or ''} | {'yes' if step['hit'] else ''} |"
-        )
-    return "\n".join(lines) + "\n"
+    notes = (*report["original"]["notes"], *data["notes"], *(latency["notes"] if latency else ()))
+    return [*lines, *(_escape(note) for note in notes)]
 
 
-def _notes(report: Mapping[str, Any]) -> list[str]:
-    latency = report["latency"] or {"notes": ()}
-    return [*report["original"]["notes"], *report["data"]["notes"], *latency["notes"]]
+def _engine_lines(engine: Mapping[str, Any]) -> list[str]:
+    reason = f"{engine['backend']} ({_escape(engine['backend_reason'])})"
+    options = ", ".join(f"{name} = {value}" for name, value in engine["options"].items())
+    lead = f"- {_escape(engine['name'])}: {reason}, SHA-256 `{engine['sha256']}`; {_escape(options)}"
+    return [lead, *(f"  - {_escape(note)}" for note in engine["notes"])]
 
 
 def _escape(text: str) -> str:
