@@ -29,7 +29,7 @@ WARM_S = 0.2
 STEADY_BLOCKS = 5
 STEADY_WITHIN = 0.02
 """Warm-up lasts at least `WARM_S`, and until the medians of its last `STEADY_BLOCKS` blocks agree this closely."""
-WARM_LIMIT_S = 3.0
+WARM_LIMIT_S = 2.0
 """A candidate that does not hold still is warmed no longer than this, first call aside; a note says so."""
 
 MIN_CALLS = 3
