@@ -23,7 +23,7 @@ EXTERNAL_ABOVE_BYTES = (1 << 31) - (1 << 26)
 MAX_EXPANDED_NODES = 1_000_000
 """Nodes that a model may have once its local functions are inlined."""
 
-_MAX_FUNCTION_DEPTH = 100
+_MAX_DEPTH = 100
 _EXTERNAL_KEYS = frozenset({"location", "offset", "length", "checksum"})
 
 
@@ -39,6 +39,12 @@ def read(path: Path) -> ir.Model:
         proto = onnx.ModelProto.FromString(path.read_bytes())
     except (onnx.checker.ValidationError, DecodeError, RuntimeError, OSError) as exc:
         raise ExportError(f"{path}: {_first_line(exc)}; a valid ONNX model was expected. Export it again.") from exc
+    if proto.graph.sparse_initializer:
+        # onnx_ir would leave them out in silence.
+        raise ExportError(
+            f"{path}: {len(proto.graph.sparse_initializer)} sparse initialisers; dense ones were expected. "
+            "Export it again with dense weights."
+        )
     for name, tensor in _external_tensors(proto):
         _check_external(path, name, tensor)
     expanded = _expanded_nodes(path, proto)
@@ -235,10 +241,10 @@ def _expanded_nodes(path: Path, proto: onnx.ModelProto) -> int:
     sizes: dict[tuple[str, str, str], int] = {}
 
     def count(nodes: Sequence[onnx.NodeProto], depth: int) -> int:
-        if depth > _MAX_FUNCTION_DEPTH:
+        if depth > _MAX_DEPTH:
             raise ExportError(
-                f"{path}: functions and subgraphs nested more than {_MAX_FUNCTION_DEPTH} deep, or calling themselves; "
-                "fewer were expected. Export it without nested functions."
+                f"{path}: functions and subgraphs are nested more than {_MAX_DEPTH} deep; fewer were expected. "
+                "Export it without nested functions."
             )
         total = 0
         for node in nodes:

@@ -149,7 +149,7 @@ def test_planning_loads_no_heavy_library_and_no_user_code(tmp_path: Path) -> Non
 
 
 BANNED = re.compile(
-    r"pickle\.load|pickle\.Unpickler|allow_pickle=True|weights_only=False|yaml\.load|(?<![\w.])eval\(|(?<![\w.])exec\("
+    r"pickle\.load|pickle\.Unpickler|allow_pickle=True|weights_only=False|yaml\.load|(?<![\w.])eval\((?!\))|(?<![\w.])exec\("
     r"|shell=True|trust_remote_code=True"
 )
 

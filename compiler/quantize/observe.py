@@ -173,9 +173,8 @@ def observe(
             feeds = stored.batch(batch)
             inputs.add(batch, feeds)
             seen = {**feeds, **runner.run(feeds)}
-            if bad := _non_finite(sight, seen):
+            if bad := gathered.add(seen):
                 raise _located(stored, batch, runner, sight, bad)
-            gathered.add(seen)
             done += len(batch)
             limit = _batch_limit(model, sum(seen[name].nbytes for name in sight.counted) // len(batch))
             progress(done, len(indices))
@@ -319,9 +318,13 @@ class _Gathered:
         self._first: dict[str, Array] = {}
         self._constant: dict[str, Array] = {}
 
-    def add(self, seen: Feeds) -> None:
+    def add(self, seen: Feeds) -> str | None:
+        """The name of a tensor that must be finite and is not, in which case nothing more is gathered."""
         for name in self._sight.counted:
-            self._merge(name, measure(seen[name]))
+            found = measure(seen[name])
+            if found.nan or found.inf:
+                return name
+            self._merge(name, found)
         for name in self._sight.inputs:
             values = seen[name]
             low, high = float(values.min(initial=np.inf)), float(values.max(initial=-np.inf))
@@ -330,6 +333,7 @@ class _Gathered:
             self._merge(name, TensorStatistics(low=float(seen[lowest]), high=float(seen[highest])))
         for name in self._sight.channels:
             self._compare_channels(name, seen[name])
+        return next((name for name in self._sight.outputs if np.isnan(seen[name]).any()), None)
 
     def notes(self) -> list[str]:
         """Channels and tensors that never changed: what was learnt of them is one value."""

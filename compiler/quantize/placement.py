@@ -30,7 +30,7 @@ ADOPTS_SCALE = frozenset({"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze
 
 _CONVOLUTIONS = frozenset({"Conv", "ConvTranspose"})
 PRODUCTS = frozenset({"Gemm", "MatMul"})
-_AVERAGES = frozenset({"AveragePool", "GlobalAveragePool"})
+_AVERAGES = frozenset({"AveragePool", "GlobalAveragePool", "ReduceMean"})
 _FUSED = frozenset({"Relu", "Clip"})
 
 Edge: TypeAlias = tuple[ir.Node, int]

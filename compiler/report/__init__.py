@@ -232,8 +232,10 @@ def _evidence(report: Mapping[str, Any]) -> list[str]:
         )
     lines += [
         "A fixed validation set bounds the error over samples like these, not over what a deployment meets later.",
-        f"Platform: {_escape(platform['cpu'])}, {platform['cores']} cores, {platform['gpu'] or 'no GPU'}, "
-        f"{platform['os']} {platform['arch']}; {packages}.",
+        (
+            f"Platform: {_escape(platform['cpu'])}, {platform['cores']} cores, {platform['gpu'] or 'no GPU'}, "
+            f"{platform['os']} {platform['arch']}; {packages}."
+        ),
     ]
     if latency:
         lines.append(
