@@ -71,8 +71,8 @@ def score(
     output, ``top1_agreement`` where there is a decision.
 
     Samples for which the engine puts out NaN or Inf and the original does not, or for which a measure of the engine's
-    outputs is NaN or Inf, become ``bad_samples``, and scores are taken over the others. An engine that is bad everywhere
-    has no scores.
+    outputs is NaN or Inf, become ``bad_samples``, and scores are taken over the others. Measures of the user's are not
+    asked about outputs that hold such a sample: many could not answer, and leaving it out may tear a pair apart.
 
     Raises:
         RecipeError: a measure raises, does not give one finite number per sample, has a reserved name, or needs labels
@@ -85,35 +85,34 @@ def score(
     _check_sets(data, original, samples, reference)
     _check_measures(metrics, losses, agreements, labelled=samples.labelled)
     seen = _compare(engine, runner, samples, reference, keep=bool(metrics or losses or agreements), progress=progress)
-    bad, good = seen.bad, np.flatnonzero(~seen.bad)
+    bad = seen.bad.copy()
     scores: list[Score] = []
-    if len(good) and (metrics or losses or agreements):
-        new, old = _chosen(seen.new, good), _chosen(seen.old, good)
-        labels = _chosen({"": samples.labels()}, good)[""] if metrics or losses else None
+
+    def kept(values: NDArray[Any]) -> NDArray[np.intp]:
+        """Indices at which the engine's values are numbers; the others are bad from now on."""
+        bad[~np.isfinite(values)] = True
+        return np.flatnonzero(np.isfinite(values))
+
+    if not bad.any() and (metrics or losses or agreements):
+        new, old, labels = _stacked(seen.new), _stacked(seen.old), samples.labels()
         of_engine = f"the outputs of engine '{engine.name}'"
         for kind, measures in (("metric", metrics), ("loss", losses)):
             for name, function in measures.items():
                 what = f"{kind} '{name}'"
-                before = _call(function, what, "the original's outputs", old, labels, len(good))
-                after = _call(function, what, of_engine, new, labels, len(good))
-                _check_finite(before, function, what, good)
-                finite = np.isfinite(after)
-                bad[good[~finite]] = True
-                if finite.any():
-                    scores.append(
-                        _paired(name, kind == "metric", after[finite], before[finite], good[finite], len(bad))
-                    )
+                before = _call(function, what, "the original's outputs", old, labels, len(samples))
+                _check_finite(before, function, what)
+                after = _call(function, what, of_engine, new, labels, len(samples))
+                if len(ids := kept(after)):
+                    scores.append(_paired(name, kind == "metric", after[ids], before[ids], ids, len(samples)))
         for name, function in agreements.items():
-            after = _call(function, f"agreement '{name}'", f"{of_engine} and the original's", new, old, len(good))
-            finite = np.isfinite(after)
-            bad[good[~finite]] = True
-            if finite.any():
-                binary = after.dtype == bool or _is_right_or_wrong(after[finite])
-                scores.append(_agreement(name, True, after[finite], good[finite], len(bad), binary=binary))
-    if len(good):
+            after = _call(function, f"agreement '{name}'", f"{of_engine} and the original's", new, old, len(samples))
+            if len(ids := kept(after)):
+                binary = after.dtype == bool or _is_right_or_wrong(after[ids])
+                scores.append(_agreement(name, True, after[ids], ids, len(samples), binary=binary))
+    if len(ids := np.flatnonzero(~seen.bad)):
         for name, values in seen.agreements.items():
             higher, binary = name != "max_abs_diff", name == "top1_agreement" and seen.single_decision
-            scores.append(_agreement(name, higher, values[good], good, len(bad), binary=binary))
+            scores.append(_agreement(name, higher, values[ids], ids, len(samples), binary=binary))
     return Scores(
         engine=engine.name,
         engine_sha256=engine.sha256,
@@ -300,11 +299,6 @@ def _defined_at(function: Measure) -> str:
     return f"{shown(Path(code.co_filename))}:{code.co_firstlineno}: "
 
 
-def _chosen(columns: Mapping[str, Array | Rows | None], good: NDArray[np.intp]) -> dict[str, Any]:
-    """The samples that are left."""
-    return _stacked({name: [values[index] for index in good] for name, values in columns.items() if values is not None})
-
-
 # --- scores ---------------------------------------------------------------------------------------------------------
 
 
@@ -433,10 +427,10 @@ def _check_original(values: Mapping[str, Floats], bad: NDArray[np.bool_]) -> Non
         )
 
 
-def _check_finite(values: Floats, function: Measure, what: str, ids: NDArray[np.intp]) -> None:
-    broken = ids[~np.isfinite(values)]
+def _check_finite(values: NDArray[Any], function: Measure, what: str) -> None:
+    broken = np.flatnonzero(~np.isfinite(values))
     if len(broken):
         raise RecipeError(
-            f"{_defined_at(function)}{what} on the original's outputs gave NaN or Inf for {len(broken)} of {len(ids)} "
+            f"{_defined_at(function)}{what} on the original's outputs gave NaN or Inf for {len(broken)} of {len(values)} "
             f"samples, the first is {broken[0]}; finite numbers were expected. Correct the measure, or leave the samples out."
         )

@@ -62,7 +62,7 @@ def judge(
     """
     timed = latencies.latencies if latencies else ()
     _check_evidence(engines, scores, timed)
-    problems = list(dict.fromkeys(_problems(gates, scores, timed)))
+    problems = list(dict.fromkeys(_problems(gates, engines, scores, timed)))
     if problems:
         raise RecipeError("\n".join(problems))
     sizes = {engine.name: engine.size_bytes for engine in engines} | {"original": original_size_bytes}
@@ -105,18 +105,24 @@ def _check_evidence(engines: Sequence[Engine], scores: Mapping[str, Scores], lat
 
 
 def _problems(
-    gates: Sequence[GateSection], scores: Mapping[str, Scores], latencies: Sequence[Latency]
+    gates: Sequence[GateSection],
+    engines: Sequence[Engine],
+    scores: Mapping[str, Scores],
+    latencies: Sequence[Latency],
 ) -> Iterator[str]:
-    known = {score.metric: score for entry in scores.values() for score in entry.scores}
     batches = sorted({entry.batch for entry in latencies})
     for gate in gates:
-        if gate.metric in SPEED_METRICS:
-            if gate.batch is not None and batches and gate.batch not in batches:
-                yield (
-                    f"[[gates]] batch: '{gate.describe()}': batch {gate.batch} was not timed; "
-                    f"one of {', '.join(map(str, batches))} was expected. Add it to [latency] batches."
-                )
-        elif gate.metric not in SIZE_METRICS and known:
+        if gate.metric in SPEED_METRICS and gate.batch is not None and batches and gate.batch not in batches:
+            yield (
+                f"[[gates]] batch: '{gate.describe()}': batch {gate.batch} was not timed; "
+                f"one of {', '.join(map(str, batches))} was expected. Add it to [latency] batches."
+            )
+    for engine in engines:
+        found = scores[engine.name]
+        known = {score.metric: score for score in found.scores}
+        for gate in _gates_of(gates, engine, latencies):
+            if gate.metric in SPEED_METRICS | SIZE_METRICS or found.bad_samples:
+                continue
             if gate.metric not in known:
                 hint = nearest(gate.metric, sorted(known))
                 yield (

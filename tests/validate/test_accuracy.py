@@ -361,9 +361,21 @@ class TestBrokenEngines:
         assert verdict(engine)[""] is Outcome.FAIL
         scores = bench.score(engine, metrics={"top1": metrics.top1}, losses={"nll": metrics.nll})
         assert scores.bad_samples == (123,)
+        assert [score.metric for score in scores.scores] == ["cosine", "sqnr_db", "max_abs_diff", "top1_agreement"]
         assert {score.samples for score in scores.scores} == {N - 1}
         assert all("over the 299 of 300 samples that are finite" in score.notes for score in scores.scores)
         assert all(np.isfinite(score.value) for score in scores.scores)
+
+    def test_a_measure_that_looks_at_pairs_is_not_asked_about_a_set_with_a_bad_sample(self, bench: Bench) -> None:
+        def asked(outputs: Any, labels: Any) -> Any:
+            raise AssertionError("asked")
+
+        def engine(feeds: Feeds) -> dict[str, Array]:
+            found = outputs_of(feeds)
+            found["logits"][(feeds["x"] == X[0]).all(axis=1)] = np.nan
+            return found
+
+        assert bench.score(engine, metrics={"asked": asked}).bad_samples == (0,)
 
     def test_an_engine_that_is_nan_everywhere_has_no_scores(self, bench: Bench, verdict: Make) -> None:
         nan = self.changed(lambda y: {name: value * np.nan for name, value in y.items()})

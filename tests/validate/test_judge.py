@@ -230,6 +230,12 @@ class TestFinite:
         assert [gate.reason for gate in verdict.gates] == [f"NaN or Inf for 25 samples: {ids}, ..."] * 2
         assert [gate.outcome for gate in verdict.gates] == [FAIL, FAIL]
 
+    def test_a_good_engine_beside_a_bad_one_is_judged_on_its_own_scores(self, engine: Make, binary: Make) -> None:
+        good, bad = engine("fp16"), engine("int8")
+        scores = {**scores_of(good, binary(0, 0, 900)), **scores_of(bad, agreement(1.0, 0.0, 50), bad=[3])}
+        verdicts = judge.judge((GateSection(metric="top1", max_drop=0.01),), (good, bad), scores, None, 1)
+        assert [verdict.outcome for verdict in verdicts] == [PASS, FAIL]
+
     def test_an_engine_that_is_bad_everywhere_has_no_scores_and_fails(self, engine: Make) -> None:
         built = engine()
         scores = scores_of(built, bad=[0, 1])
