@@ -78,6 +78,8 @@ PROBE_SAMPLES = 16
 MAX_POINT_ELEMENTS = 1 << 28
 """Elements of one tensor (1 GiB in FP32) above which an axis point is left out of the comparison."""
 
+_PRIVATE = "__build_engine_"
+
 _CHUNK = 1 << 22
 """Elements compared at a time."""
 
@@ -781,8 +783,10 @@ def _write(
             f"{original.where}: output '{clash[0]}' has the name of an input; different names were expected. Name the "
             "outputs in [model] outputs."
         )
-    model = _trace(original, recipe, examples, names, opset, log, notes)
-    _tidy(model, recipe)
+    model = _trace(original, recipe, examples, len(names), opset, log, notes)
+    _tidy(model, [spec.name for spec in recipe.inputs], names)
+    for value, spec in zip(model.graph.inputs, recipe.inputs, strict=True):
+        value.shape = ir.Shape(spec.shape)
     onnx_files.write(model, path, external_above=external_above)
 
 
@@ -802,12 +806,12 @@ def _trace(
     original: _Original,
     recipe: Recipe,
     examples: Feeds,
-    names: Sequence[str],
+    count: int,
     opset: int,
     log: Path,
     notes: list[str],
 ) -> ir.Model:
-    """Run the exporter: with the axes' ranges where it takes them, else with their names only."""
+    """Run the exporter, for ``count`` outputs: with the axes' ranges where it takes them, else with their names only."""
     free = {name: axis for name, axis in recipe.axes.items() if axis.min < axis.max}
     failure: Exception | None = None
     with log.open("w") as file:
@@ -829,8 +833,9 @@ def _trace(
                         dynamo=True,
                         opset_version=opset,
                         dynamic_shapes=(shapes,),
-                        input_names=[spec.name for spec in recipe.inputs],
-                        output_names=list(names),
+                        # names of our own: the exporter lets a user's name meet one of its values, unseen
+                        input_names=[f"{_PRIVATE}{index}" for index in range(len(recipe.inputs))],
+                        output_names=[f"{_PRIVATE}out_{index}" for index in range(count)],
                         optimize=True,
                         verbose=False,
                     )
@@ -849,11 +854,12 @@ def _trace(
 
 def _check_interface(program: Any, original: _Original, recipe: Recipe) -> None:
     """Refuse what the exporter did without a word: an input lost, an axis fixed, its range narrowed."""
-    found = [value.name for value in program.model.graph.inputs]
     wanted = [spec.name for spec in recipe.inputs]
+    positions = [int(value.name.removeprefix(_PRIVATE)) for value in program.model.graph.inputs]
+    found = [wanted[position] for position in positions]
     if found != wanted:
         raise ExportError(
-            f"{original.where}: the exported model has inputs {', '.join(map(str, found))}; {', '.join(wanted)} were "
+            f"{original.where}: the exported model has inputs {', '.join(found)}; {', '.join(wanted)} were "
             "expected. Give each input its own parameter of forward(), and use it there."
         )
     placeholders = {node.name: node for node in program.exported_program.graph.nodes if node.op == "placeholder"}
@@ -933,38 +939,56 @@ def _node_stack(exc: BaseException) -> str | None:
     return None
 
 
-def _tidy(model: ir.Model, recipe: Recipe) -> None:
-    """Names as the user knows them, and nothing of the machine that exported.
+def _tidy(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Names as the user knows them, each once, and nothing of the machine that exported.
 
     Parameters lose the prefix of `_Original`; a node is named after its module and operator (``layer1.0.conv1/Conv``),
     so that ``keep = ["layer1.*"]`` means what it says; stack traces go.
     """
     graph = model.graph
-    taken = {value.name for value in (*graph.inputs, *graph.outputs)}
-    taken |= {output.name for node in graph.all_nodes() for output in node.outputs}
-    for name in list(graph.initializers):
-        short = name.removeprefix("model.")
-        if short != name and short not in taken and short not in graph.initializers:
-            graph.initializers[name].name = short
-    for value, spec in zip(graph.inputs, recipe.inputs, strict=True):
-        value.shape = ir.Shape(spec.shape)
-    used: set[str] = set()
-    for node in graph.all_nodes():
+    for index, value in enumerate(graph.outputs):
+        if value in (*graph.inputs, *graph.outputs[:index]):
+            copy = ir.Node("", "Identity", [value])
+            copy.outputs[0].shape, copy.outputs[0].type = value.shape, value.type
+            graph.append(copy)
+            graph.outputs[index] = copy.outputs[0]
+    public = dict(zip((*graph.inputs, *graph.outputs), (*inputs, *outputs), strict=True))
+    nodes = list(graph.all_nodes())
+    private = [value for node in nodes for value in node.outputs] + list(graph.initializers.values())
+    private = [value for value in private if value not in public]
+    names = _Names({*public.values(), *(str(value.name) for value in private)})
+    for value in private:
+        if value.name in public.values():
+            value.name = names.free(f"{value.name}_inner")
+    for value, name in public.items():
+        value.name = name
+    for value in private:
+        short = (value.name or "").removeprefix("model.")
+        if value.is_initializer() and short != value.name and short not in names.taken:
+            value.name = names.free(short)
+    names = _Names(set())
+    for node in nodes:
         module = _module_of(node)
-        name = base = f"{module}/{node.op_type}" if module else node.op_type
-        for number in itertools.count(1):
-            if name not in used:
-                break
-            name = f"{base}_{number}"
-        used.add(name)
-        node.name = name
+        node.name = names.free(f"{module}/{node.op_type}" if module else node.op_type)
         node.doc_string = None
         node.metadata_props.clear()
-        for output in node.outputs:
-            output.metadata_props.clear()
-    held: tuple[Any, ...] = (*graph.inputs, *graph.initializers.values(), graph, model)
-    for part in held:
+    holders: tuple[Any, ...] = (*public, *private, graph, model)
+    for part in holders:
         part.metadata_props.clear()
+
+
+class _Names:
+    """Names in use."""
+
+    def __init__(self, taken: set[str]) -> None:
+        self.taken = taken
+
+    def free(self, name: str) -> str:
+        """``name``, or ``name_1``, ``name_2``, ..., whichever is free first; it is then taken."""
+        numbered = (f"{name}_{number}" for number in itertools.count(1))
+        found = next(candidate for candidate in itertools.chain([name], numbered) if candidate not in self.taken)
+        self.taken.add(found)
+        return found
 
 
 def _module_of(node: ir.Node) -> str:

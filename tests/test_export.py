@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from onnx import helper, numpy_helper
 
-from compiler import export, recipe, source
+from compiler import export, onnx_files, recipe, source
 from compiler.backends.onnxruntime import open_model
 from compiler.data import Samples, collect
 from compiler.errors import BuildEngineError, BuildError, ExportError, RecipeError
@@ -551,7 +551,7 @@ def test_a_difference_at_one_extreme_only_is_caught_there(tmp_path: Path, monkey
             graph.initializers[name] = limits[-1]
         cut = ir.Node("", "Slice", [inner, *limits])
         cut.outputs[0].shape, cut.outputs[0].type = inner.shape, inner.type
-        inner.name, cut.outputs[0].name = "inner", "output_0"
+        inner.name, cut.outputs[0].name = "inner", inner.name
         graph.append(cut)
         graph.outputs[0] = cut.outputs[0]
 
@@ -562,11 +562,49 @@ def test_a_difference_at_one_extreme_only_is_caught_there(tmp_path: Path, monkey
     )
 
 
-def test_an_output_that_got_lost_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def change(program: Any) -> None:
-        program.model.graph.outputs[0].name = "other"
+def test_names_that_the_exporter_uses_itself_may_be_used(tmp_path: Path) -> None:
+    """It calls its own values ``embedding``, ``relu`` and ``linear``, and parameters by their names."""
+    text = """
+class Net(Linear):
+    def forward(self, relu, linear):
+        inner = self.fc(relu)
+        return {"relu_1": torch.relu(inner), "embedding": torch.relu(inner) * 2, "fc.bias": linear, "add": inner + 1}
 
-    _tamper(monkeypatch, change)
+def calibration():
+    for x in rows(1):
+        yield {"relu": x["x"], "linear": x["x"] + 1}
+"""
+    case = _case(tmp_path, text, inputs='relu = { shape = ["batch", 3] }\nlinear = { shape = ["batch", 3] }')
+    model = case.export()
+    onnx.checker.check_model(str(model.path), full_check=True)
+    assert [spec.name for spec in model.outputs] == ["relu_1", "embedding", "fc.bias", "add"]
+    graph = ir.load(model.path).graph
+    names = [value.name for node in graph for value in node.outputs] + [
+        *graph.initializers,
+        *(v.name for v in graph.inputs),
+    ]
+    assert len(set(names)) == len(names)
+
+
+def test_outputs_that_are_inputs_or_one_another_are_values_of_their_own(tmp_path: Path) -> None:
+    model = _case(tmp_path, _net("y = self.fc(x); return {'a': x, 'b': y, 'c': y, 'd': self.fc.bias}")).export()
+    x = np.asarray([[1, 2, 3]], np.float32)
+    found = open_model(model.path).run({"x": x})
+    assert list(found) == ["a", "b", "c", "d"]
+    assert found["a"].tolist() == x.tolist()
+    assert found["b"].tolist() == found["c"].tolist() == (x @ WEIGHT.T + BIAS).tolist()
+    assert found["d"].tolist() == BIAS.tolist()
+
+
+def test_an_output_that_got_lost_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: the exported file calls it otherwise."""
+    real = onnx_files.write
+
+    def rename(model: ir.Model, path: Path, **options: Any) -> Any:
+        model.graph.outputs[0].name = "other"
+        return real(model, path, **options)
+
+    monkeypatch.setattr(onnx_files, "write", rename)
     assert _case(tmp_path, _net("return self.fc(x)")).refused() == (
         "the exported model has no output 'output_0'; found other. Give [model] outputs other names."
     )
