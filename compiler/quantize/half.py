@@ -1,0 +1,692 @@
+"""FP16 and BF16 by casts: precision is a property of the graph, as TensorRT 11 and ONNX Runtime both want it.
+
+Weights are stored in half, inputs and outputs of the model stay FP32 and are cast inside, and every operator computes
+in half, except where that would change more than the last digits:
+
+- What overflows. A tensor that exceeds half of the largest finite value on the calibration samples (they are a sample:
+  a factor of `MARGIN` is left to what they did not show), or that never reaches the smallest normal one, is an island:
+  what makes it and what reads it stay in FP32. So does what reads a weight that does not fit.
+- Sums and squares of many values (`SUMS`), whose rounding errors add up: the list that PyTorch's autocast keeps in FP32,
+  https://docs.pytorch.org/docs/stable/amp.html#cuda-ops-that-can-autocast-to-float32, less what accumulates in FP32
+  in every runtime anyway (softmax, normalisations).
+- Arithmetic on integers made float (positions of a rotary embedding, sizes, counts): FP16 skips integers above 2048.
+- What ONNX does not define for half, or what this module cannot see through: other domains, local functions, control
+  flow and what it encloses.
+
+Masks would make islands of all attention: -3.4e38 fits no FP16. Where such a constant can only reach a Softmax, by ways
+that leave it a mask, it becomes `MASK`: the exponential of either is exactly 0. (Of a row that is masked altogether,
+the result may differ; it is noise in the original, too.) An infinity stays what it is.
+
+Why no list of operators that may be half: the schemas say it, for each parameter of each operator at each opset.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
+
+from compiler.errors import CalibrationError
+from compiler.quantize import placement
+from compiler.quantize.observe import Observed
+from compiler.quantize.placement import Edge
+from compiler.spec import Array, Precision
+
+TYPES: Mapping[Precision, ir.DataType] = {
+    Precision.FP16: ir.DataType.FLOAT16,
+    Precision.BF16: ir.DataType.BFLOAT16,
+}
+
+MARGIN = 2.0
+"""How much larger than on the calibration samples a tensor may become before it overflows."""
+
+MASK: Mapping[Precision, float] = {Precision.FP16: -3e4, Precision.BF16: -1e30}
+"""What mask values become: FP16 leaves room for the score it is added to (65504 - 30000, divided by `MARGIN`)."""
+
+BF16_OPSET = 22
+OLDEST_RAISED = 20
+
+SUMS = frozenset(
+    {
+        *("CumSum", "Pow", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMean", "ReduceProd"),
+        *("ReduceSum", "ReduceSumSquare", "LpNormalization", "LpPool", "GlobalLpPool", "MeanVarianceNormalization"),
+        *("NegativeLogLikelihoodLoss", "SoftmaxCrossEntropyLoss"),
+    }
+)
+
+MOVERS = frozenset(
+    {
+        *(
+            "Compress",
+            "Concat",
+            "DepthToSpace",
+            "Expand",
+            "Flatten",
+            "Gather",
+            "GatherElements",
+            "GatherND",
+            "Identity",
+        ),
+        *("Pad", "Reshape", "ReverseSequence", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose"),
+        *("Trilu", "Unsqueeze"),
+    }
+)
+"""Operators that compute nothing: they take over the precision around them."""
+
+_ELEMENTWISE = frozenset(
+    {
+        *(
+            "Abs",
+            "Add",
+            "Ceil",
+            "Clip",
+            "Cos",
+            "Div",
+            "Exp",
+            "Floor",
+            "Log",
+            "Max",
+            "Min",
+            "Mod",
+            "Mul",
+            "Neg",
+            "Reciprocal",
+        ),
+        *("Round", "Sin", "Sqrt", "Sub", "Where"),
+    }
+)
+
+_TAKES_NO_ROUNDING = frozenset({"OneHot", "RandomNormalLike", "RandomUniformLike", "EyeLike", "Bernoulli"})
+"""Operators of which ONNX knows a half form that is another operator: indices lose digits, or another type is made."""
+
+_QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
+
+_NOTED = 5
+"""Names in a note before it says how many more there are."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Form:
+    """Which inputs and outputs of a node are FP32 and may be half: all of them together, or none."""
+
+    inputs: tuple[bool, ...]
+    outputs: tuple[bool, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Format:
+    """The numbers of FP16 or BF16."""
+
+    precision: Precision
+    dtype: ir.DataType = field(init=False)
+    largest: float = field(init=False)
+    smallest: float = field(init=False)
+    """The smallest normal number: below it digits are lost."""
+
+    def __post_init__(self) -> None:
+        dtype = TYPES[self.precision]
+        numbers = ml_dtypes.finfo(dtype.numpy())  # type: ignore[no-untyped-call]
+        object.__setattr__(self, "dtype", dtype)
+        object.__setattr__(self, "largest", float(numbers.max))
+        object.__setattr__(self, "smallest", float(numbers.smallest_normal))
+
+    @property
+    def label(self) -> str:
+        return self.precision.value.upper()
+
+    def round(self, array: Array) -> Array:
+        """``array`` in half; what is too large becomes infinite."""
+        with np.errstate(over="ignore", under="ignore"):
+            rounded: Array = array.astype(self.dtype.numpy())
+        return rounded
+
+
+def convert(model: ir.Model, *, to: Precision, statistics: Observed, keep: Sequence[str]) -> list[str]:
+    """Make ``model`` compute in ``to`` where it can, in place. Its inputs and outputs keep names and types.
+
+    Args:
+        model: FP32, in part already INT8 or half.
+        to: FP16 or BF16.
+        statistics: of its tensors, by name; one that is missing is taken to fit.
+        keep: names or shell patterns of nodes or their outputs that stay FP32.
+
+    Returns:
+        What a reader of the report should know: how many operators stay FP32 and why, masks changed, digits lost.
+
+    Raises:
+        RecipeError: a pattern of ``keep`` matches nothing.
+        CalibrationError: no operator is left that could be half.
+    """
+    number = _Format(precision=to)
+    LiftConstantsToInitializersPass(lift_all_constants=True)(model)
+    if any(output.dtype is None for node in model.graph for output in node.outputs):
+        ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
+    graph = model.graph
+    kept = placement.match(graph, keep)
+    raised = _raise_opset(model) if to is Precision.BF16 else []
+    forms = {node: form for node in graph if (form := _form(node, model, number)) is not None}
+    floats = [
+        node
+        for node in graph
+        if node.op_type != "Cast" and any(_is_float(value) for value in (*node.inputs, *node.outputs))
+    ]
+    names = _Names(model)
+    tainted, notes = _clamp_masks(graph, statistics, number, names)
+    full = _full_precision(graph, forms, statistics, number, kept, tainted)
+    notes += full.notes
+    half = {node: form for node, form in forms.items() if node not in full.reason}
+    _follow_neighbours(half)
+    if not half:
+        raise CalibrationError(
+            f"model: none of its {len(floats)} operators on FP32 values can compute in {number.label}; at least one was "
+            f"expected. Keep fewer layers, or build an FP32 engine. {_listed(_reasons(floats, half, full.reason))}"
+        )
+    notes.insert(0, f"{number.label}: {len(half)} of {len(floats)} operators on FP32 values")
+    if len(half) < len(floats):
+        notes[0] += f"; FP32 stay {_listed(_reasons(floats, half, full.reason))}"
+    notes += _lost_digits(half, number) + raised
+    _rewrite(graph, half, number, names)
+    return notes
+
+
+def _reasons(floats: Collection[ir.Node], half: Collection[ir.Node], reason: Mapping[ir.Node, str]) -> list[str]:
+    """How many operators stay FP32 and why, the most frequent reason first."""
+    others = {node: "that only pass FP32 on" if node.op_type in MOVERS else "without a half form" for node in floats}
+    counts = Counter(reason.get(node, others[node]) for node in floats if node not in half)
+    return [f"{count} {why}" for why, count in counts.most_common()]
+
+
+def _listed(items: Sequence[str], limit: int = _NOTED) -> str:
+    more = f", and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
+
+
+# --- what may be half -----------------------------------------------------------------------------------------------
+
+
+def _raise_opset(model: ir.Model) -> list[str]:
+    """Declare the first opset that defines BF16 convolutions and pools, where that changes no operator's meaning.
+
+    From 20 to 22 only GroupNormalization got another: one scale per channel, which was one per group.
+    """
+    opset = model.opset_imports.get("", 0)
+    if not OLDEST_RAISED <= opset < BF16_OPSET or model.functions:
+        return []
+    if opset < 21 and any(node.op_type == "GroupNormalization" for node in model.graph.all_nodes()):
+        return []
+    model.opset_imports[""] = BF16_OPSET
+    return [f"opset raised from {opset} to {BF16_OPSET}, the first that defines all common operators for BF16"]
+
+
+def _form(node: ir.Node, model: ir.Model, number: _Format) -> _Form | None:
+    """What of ``node`` may be half by its schema; None where nothing may, or where it must not be touched."""
+    if node.op_identifier() in model.functions or node.op_type in _TAKES_NO_ROUNDING:
+        return None
+    if any(
+        attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()
+    ):
+        return None
+    values = (*node.inputs, *node.outputs)
+    if any(
+        value is not None and value.type is not None and not isinstance(value.type, ir.TensorType) for value in values
+    ):
+        return None
+    if node.op_type == "Cast":  # Its input may be anything; casts that make FP32 are looked through: see `_Rewriter`.
+        return None
+    try:
+        schema = onnx.defs.get_schema(node.op_type, model.opset_imports.get(node.domain, 0), node.domain)
+    except onnx.defs.SchemaError:
+        return None
+    inputs = [_parameter(schema.inputs, index) for index in range(len(node.inputs))]
+    outputs = [_parameter(schema.outputs, index) for index in range(len(node.outputs))]
+    allowed = {c.type_param_str: frozenset(c.allowed_type_strs) for c in schema.type_constraints}
+    wanted = "tensor(float16)" if number.dtype == ir.DataType.FLOAT16 else "tensor(bfloat16)"
+    bound = {p for p, v in zip((*inputs, *outputs), values, strict=True) if v is not None and _is_float(v)}
+    variables = {variable for variable in bound if wanted in allowed.get(variable, ())}
+    free = {p for p, v in zip(outputs, node.outputs, strict=True) if _is_float(v) and p not in inputs}
+    if node.op_type == "DequantizeLinear":  # Its output is of its scale's type, under whatever name.
+        if "output_dtype" in node.attributes and node.attributes["output_dtype"].as_int() != ir.DataType.UNDEFINED:
+            return None
+    elif free and node.op_type != "ConstantOfShape":
+        variables -= free
+    form = _Form(
+        inputs=tuple(p in variables and v is not None for p, v in zip(inputs, node.inputs, strict=True)),
+        outputs=tuple(p in variables for p in outputs),
+    )
+    return form if any((*form.inputs, *form.outputs)) else None
+
+
+def _parameter(formal: Sequence[onnx.defs.OpSchema.FormalParameter], index: int) -> str:
+    """The type, or type variable, of the parameter at ``index``; the last one may stand for many."""
+    return formal[min(index, len(formal) - 1)].type_str
+
+
+def _is_float(value: ir.Value | None) -> bool:
+    return value is not None and isinstance(value.type, ir.TensorType) and value.dtype == ir.DataType.FLOAT
+
+
+# --- masks ----------------------------------------------------------------------------------------------------------
+
+_MASK_WAYS = MOVERS | {"Add", "Mul", "Where", "Max"}
+
+
+def _clamp_masks(
+    graph: ir.Graph, statistics: Observed, number: _Format, names: _Names
+) -> tuple[dict[ir.Value, float], list[str]]:
+    """Replace mask values that only reach a Softmax: see the top. Returns magnitudes of what they reach, and notes."""
+    candidates = set()
+    for node in graph:
+        if node.domain == "" and node.op_type == "ConstantOfShape" and _holds_mask(_filler(node), number):
+            candidates.add((node, -1))
+        candidates.update((node, i) for i, value in enumerate(node.inputs) if _holds_mask(_weight(value), number))
+    while True:
+        reached, escaped = _reach(graph, candidates, statistics, number)
+        if not escaped:
+            break
+        candidates -= escaped
+    notes: dict[str, None] = {}
+    clamped: dict[ir.Value, ir.Value] = {}
+    for node, index in sorted(candidates, key=lambda edge: (str(edge[0].outputs[0].name), edge[1])):
+        source = node.outputs[0] if index < 0 else node.inputs[index]
+        assert source is not None, "a candidate holds a mask"
+        array = _filler(node) if index < 0 else _weight(source)
+        assert array is not None, "a candidate holds a mask"
+        lowest, changed = float(array.min()), _clamped(array, number)
+        notes[
+            f"mask value {lowest:.3g} of '{source.name}' becomes {MASK[number.precision]:g}: its exponential stays 0"
+        ] = None
+        if index < 0:
+            node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(changed))
+            continue
+        if source not in clamped:
+            clamped[source] = _register(graph, names.free(f"{source.name}_clamped"), changed)
+        node.replace_input_with(index, clamped[source])
+        _forget_unused(graph, source)
+    return reached, list(notes)
+
+
+def _holds_mask(array: Array | None, number: _Format) -> bool:
+    """Whether an FP32 constant holds values so low that half has no room for them, and none so high."""
+    if array is None or array.dtype != np.float32 or not array.size:
+        return False
+    finite = array[np.isfinite(array)]
+    limit = number.largest / MARGIN
+    return bool(finite.size) and float(finite.min()) < -limit and float(finite.max()) <= limit
+
+
+def _clamped(array: Array, number: _Format) -> Array:
+    low = np.isfinite(array) & (array < -number.largest / MARGIN)
+    return np.where(low, np.float32(MASK[number.precision]), array)
+
+
+def _reach(
+    graph: ir.Graph, candidates: Collection[Edge], statistics: Observed, number: _Format
+) -> tuple[dict[ir.Value, float], set[Edge]]:
+    """Follow mask values to where they end.
+
+    Returns:
+        The magnitude that each tensor on their way may have once they are clamped; and those that reach what is no
+        Softmax, or something too large to stay finite.
+    """
+    enclosed = _enclosed(graph)
+    size: dict[ir.Value, float] = {}
+    origin: dict[ir.Value, set[Edge]] = {}
+    escaped: set[Edge] = set()
+    lowest = abs(MASK[number.precision])
+    for node in graph:
+        hot = {i: size[value] for i, value in enumerate(node.inputs) if value is not None and value in size}
+        hot |= {i: lowest for i in range(-1, len(node.inputs)) if (node, i) in candidates}
+        sources = {(node, i) for i in hot if (node, i) in candidates}
+        sources = sources.union(*(origin[value] for value in node.inputs if value is not None and value in origin))
+        if not hot or (node.domain == "" and _is_sink(node, hot)):
+            continue
+        after = _after(node, hot, statistics)
+        if after is None or after > number.largest or any(o.is_graph_output() or o in enclosed for o in node.outputs):
+            escaped |= sources
+        else:
+            size.update((output, after) for output in node.outputs)
+            origin.update((output, sources) for output in node.outputs)
+    return size, escaped
+
+
+def _is_sink(node: ir.Node, hot: Collection[int]) -> bool:
+    """Whether mask values end here: the mask of Attention is added to its scores, inside."""
+    return node.op_type == "Softmax" or (node.op_type == "Attention" and set(hot) == {3})
+
+
+def _after(node: ir.Node, hot: Mapping[int, float], statistics: Observed) -> float | None:
+    """The magnitude of what ``node`` makes of clamped mask values at the inputs ``hot``; None if it is a mask no more."""
+    if node.domain != "" or not (node.op_type in _MASK_WAYS or _is_float_cast(node) or -1 in hot):
+        return None
+    others = [value for i, value in enumerate(node.inputs) if i not in hot]
+    if node.op_type == "Add":
+        return sum(hot.values()) + MARGIN * sum(_peak(value, statistics) for value in others)
+    if node.op_type == "Mul":
+        bounds = [_bounds(value, statistics) for value in others]
+        return max(hot.values()) if bounds and all(b is not None and 0 <= b[0] <= b[1] <= 1 for b in bounds) else None
+    return max(hot.values())
+
+
+def _is_float_cast(node: ir.Node) -> bool:
+    return node.op_type == "Cast" and node.domain == "" and node.attributes["to"].as_int() == ir.DataType.FLOAT
+
+
+def _filler(node: ir.Node) -> Array | None:
+    """What a ConstantOfShape fills with."""
+    attribute = node.attributes.get("value")
+    return attribute.as_tensor().numpy() if attribute is not None else None
+
+
+# --- what must stay FP32 --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Full:
+    """Nodes that stay FP32 although half forms of them exist, and why."""
+
+    reason: dict[ir.Node, str]
+    notes: list[str]
+
+
+def _full_precision(
+    graph: ir.Graph,
+    forms: Mapping[ir.Node, _Form],
+    statistics: Observed,
+    number: _Format,
+    kept: Collection[ir.Node],
+    tainted: Mapping[ir.Value, float],
+) -> _Full:
+    reason: dict[ir.Node, str] = dict.fromkeys(kept, "that the recipe keeps")
+    misfits: list[str] = []
+    for value in _activations(graph):
+        bounds = _bounds(value, statistics)
+        if bounds is None:
+            continue
+        # What a clamped mask makes of the low side was bounded when it was clamped.
+        peak = max(bounds[1], 0.0) if value in tainted else max(-bounds[0], bounds[1])
+        if number.smallest <= peak <= number.largest / MARGIN or peak == 0:
+            continue
+        touched = [node for node, _ in value.uses()]
+        touched += [producer] if (producer := value.producer()) is not None else []
+        if any(node in forms for node in touched):
+            misfits.append(f"'{value.name}' ({peak:.3g})")
+            reason |= {node: "beside values that do not fit" for node in touched if node not in reason}
+    integers = _from_integers(graph)
+    for node, form in forms.items():
+        if node.op_type in SUMS:
+            reason.setdefault(node, "that sum or square")
+        if any(output in integers for output in node.outputs):
+            reason.setdefault(node, "that compute on integers")
+        for weight in (
+            value for value, half in zip(node.inputs, form.inputs, strict=True) if half and value is not None
+        ):
+            array = _weight(weight)
+            if array is not None and _is_lost(node, array, number):
+                misfits.append(f"'{weight.name}' ({np.abs(array[np.isfinite(array)]).max():.3g})")
+                reason.setdefault(node, "beside values that do not fit")
+    enclosed = _enclosed_outputs(graph)
+    reason |= {node: "that a subgraph returns" for node in forms if enclosed.intersection(node.outputs)}
+    notes = []
+    if misfits:
+        listed = _listed(list(dict.fromkeys(misfits)))
+        notes.append(
+            f"outside {number.label} ({number.smallest:.2g} to {number.largest:.3g}, "
+            f"a factor of {MARGIN:g} left to activations): {listed}; what makes or reads them stays FP32"
+        )
+    return _Full(reason=reason, notes=notes)
+
+
+def _is_lost(node: ir.Node, weight: Array, number: _Format) -> bool:
+    """Whether a constant of ``node`` becomes something else in half: infinite, zero, or a scale of few digits."""
+    values = np.abs(weight[np.isfinite(weight) & (weight != 0)])
+    if not values.size:
+        return False
+    if node.op_type in _QUANTIZERS:
+        return bool(values.min() < number.smallest)
+    vanishes = weight.size == 1 and not number.round(values).any()
+    return bool(np.isinf(number.round(values)).any()) or vanishes
+
+
+def _from_integers(graph: ir.Graph) -> set[ir.Value]:
+    """Float values computed elementwise from integers and constants alone."""
+    found: set[ir.Value] = set()
+    for node in graph:
+        if node.domain != "":
+            continue
+        if node.op_type == "Cast":
+            source = node.inputs[0]
+            exact = source is not None and source.dtype is not None and source.dtype.is_integer()
+            if exact or (source is not None and (source.dtype == ir.DataType.BOOL or source in found)):
+                found.update(node.outputs)
+            continue
+        floats = [value for value in node.inputs if _is_float(value) and not placement.is_constant(value)]
+        if node.op_type == "Range" or (floats and found.issuperset(floats) and _is_pointwise(node)):
+            found.update(node.outputs)
+    return found
+
+
+def _is_pointwise(node: ir.Node) -> bool:
+    """Whether every value is computed from few others; an outer product, as of positions and frequencies, is."""
+    if node.op_type in _ELEMENTWISE | MOVERS | SUMS:
+        return True
+    if node.op_type != "MatMul":
+        return False
+    left, right = (value.shape if value is not None else None for value in node.inputs)
+    return (left is not None and len(left) > 1 and left[-1] == 1) or (
+        right is not None and len(right) > 1 and right[-2] == 1
+    )
+
+
+def _follow_neighbours(half: dict[ir.Node, _Form]) -> None:
+    """Take out of ``half`` what only moves FP32 values from FP32 to FP32."""
+    reached = [node for node in half if node.op_type not in MOVERS]
+    kept = set(reached)
+    while reached:
+        node = reached.pop()
+        makers = [producer for value in node.inputs if value is not None and (producer := value.producer()) is not None]
+        beside = {*makers, *(user for output in node.outputs for user, _ in output.uses())}
+        found = [other for other in beside - kept if other in half]
+        kept.update(found)
+        reached += found
+    for node in half.keys() - kept:
+        del half[node]
+
+
+def _lost_digits(half: Mapping[ir.Node, _Form], number: _Format) -> list[str]:
+    """Weights of which a tenth or more becomes zero or loses digits."""
+    found: dict[str, float] = {}
+    for node, form in half.items():
+        for value, is_half in zip(node.inputs, form.inputs, strict=True):
+            weight = _weight(value) if is_half else None
+            if weight is None or value is None or not (used := np.count_nonzero(weight)):
+                continue
+            small = np.count_nonzero((weight != 0) & (np.abs(weight) < number.smallest))
+            if 10 * small >= used:
+                found[f"'{value.name}'"] = small / used
+    items = [f"{name} ({share:.0%})" for name, share in sorted(found.items(), key=lambda item: (-item[1], item[0]))]
+    return (
+        [f"weights below {number.smallest:.2g}, which lose digits in {number.label}: {_listed(items)}"] if items else []
+    )
+
+
+def _activations(graph: ir.Graph) -> list[ir.Value]:
+    inputs = [value for value in graph.inputs if _is_float(value)]
+    return inputs + [output for node in graph for output in node.outputs if _is_float(output)]
+
+
+def _bounds(value: ir.Value | None, statistics: Observed) -> tuple[float, float] | None:
+    """The finite extremes of a tensor, as far as known; 0 stands for an infinite one, which half holds, too."""
+    weight = _weight(value)
+    if weight is not None:
+        finite = weight[np.isfinite(weight)]
+        return float(finite.min(initial=0.0)), float(finite.max(initial=0.0))
+    found = statistics.get(str(value.name)) if value is not None else None
+    if found is None:
+        return None
+    return found.low if math.isfinite(found.low) else 0.0, found.high if math.isfinite(found.high) else 0.0
+
+
+def _peak(value: ir.Value | None, statistics: Observed) -> float:
+    bounds = _bounds(value, statistics)
+    return 0.0 if bounds is None else max(-bounds[0], bounds[1])
+
+
+def _weight(value: ir.Value | None) -> Array | None:
+    """The values of an FP32 constant."""
+    return placement.constant(value) if _is_float(value) else None
+
+
+# --- rewriting ------------------------------------------------------------------------------------------------------
+
+
+def _rewrite(graph: ir.Graph, half: Mapping[ir.Node, _Form], number: _Format, names: _Names) -> None:
+    """Give the nodes of ``half`` their types, and cast what passes between them and the others, once per tensor."""
+    values = [*graph.inputs, *graph.initializers.values(), *(output for node in graph for output in node.outputs)]
+    values = [value for value in dict.fromkeys(values) if _is_float(value)]
+    wanted: dict[ir.Value, list[tuple[ir.Node, int]]] = {}
+    others: dict[ir.Value, list[tuple[ir.Node, int]]] = {}
+    for value in values:
+        for node, index in value.uses():
+            if node in half and half[node].inputs[index]:
+                wanted.setdefault(value, []).append((node, index))
+            elif node.op_type != "Cast" or node.domain != "":  # which reads any type
+                others.setdefault(value, []).append((node, index))
+    made = {o for node, form in half.items() for o, is_half in zip(node.outputs, form.outputs, strict=True) if is_half}
+    for node in half:
+        if node.op_type == "ConstantOfShape":
+            filler = _filler(node)
+            stored = number.round(np.zeros(1, np.float32) if filler is None else filler)
+            node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(stored))
+    for value in values:
+        if value in made:
+            _widen(graph, value, others.get(value, ()), number, names)
+        elif value in wanted and placement.is_constant(value):
+            _store_half(graph, value, wanted[value], number, names)
+        elif value in wanted:
+            _narrow(graph, value, wanted[value], number, names)
+    _drop_casts(graph)
+
+
+def _widen(graph: ir.Graph, value: ir.Value, readers: Iterable[Edge], number: _Format, names: _Names) -> None:
+    """``value`` is made in half; let those who need FP32 read it cast."""
+    value.dtype = number.dtype
+    readers, is_output = list(readers), value.is_graph_output()
+    if not readers and not is_output:
+        return
+    name = str(value.name)
+    if is_output:
+        value.name = names.free(f"{name}_{number.precision.value}")
+    wide = _like(value, name if is_output else names.free(f"{name}_fp32"), ir.DataType.FLOAT)
+    for node, index in readers:
+        node.replace_input_with(index, wide)
+    for place, output in enumerate(graph.outputs):
+        if output is value:
+            graph.outputs[place] = wide
+    producer = value.producer()
+    assert producer is not None, "what is made has a maker"
+    graph.insert_after(producer, _cast(value, wide, names))
+
+
+def _narrow(graph: ir.Graph, value: ir.Value, readers: Sequence[Edge], number: _Format, names: _Names) -> None:
+    """``value`` is FP32; let ``readers`` read it cast, from what it was itself cast from, if so."""
+    producer = value.producer()
+    source = value
+    if producer is not None and producer.op_type == "Cast" and producer.domain == "" and producer.inputs[0] is not None:
+        source = producer.inputs[0]
+    if source.dtype != number.dtype:
+        narrow = _like(value, names.free(f"{value.name}_{number.precision.value}"), number.dtype)
+        cast = _cast(source, narrow, names)
+        if producer is None:
+            graph.insert_before(graph[0], cast)
+        else:
+            graph.insert_after(producer, cast)
+        source = narrow
+    for node, index in readers:
+        node.replace_input_with(index, source)
+
+
+def _store_half(graph: ir.Graph, value: ir.Value, readers: Sequence[Edge], number: _Format, names: _Names) -> None:
+    """A weight in half, under its own name unless others still need it in FP32."""
+    weight = _weight(value)
+    assert weight is not None, "a constant"
+    stored = _register(graph, names.free(f"{value.name}_{number.precision.value}"), number.round(weight))
+    for node, index in readers:
+        node.replace_input_with(index, stored)
+    if _forget_unused(graph, value):
+        del graph.initializers[str(stored.name)]
+        stored.name = value.name
+        graph.register_initializer(stored)
+
+
+def _drop_casts(graph: ir.Graph) -> None:
+    """Remove casts that nobody reads any more, and those that became casts to what they read."""
+    returned = _enclosed_outputs(graph)
+    for node in reversed(list(graph)):
+        output = node.outputs[0]
+        if node.op_type != "Cast" or node.domain != "" or output.is_graph_output() or output in returned:
+            continue
+        source = node.inputs[0]
+        if source is not None and source.dtype == output.dtype:
+            output.replace_all_uses_with(source)
+        if not output.uses():
+            graph.remove(node, safe=True)
+
+
+def _register(graph: ir.Graph, name: str, array: Array) -> ir.Value:
+    tensor = ir.Tensor(array, name=name)
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _forget_unused(graph: ir.Graph, value: ir.Value) -> bool:
+    """Remove an initialiser that nobody reads. Returns whether it did."""
+    if value.uses() or value.is_graph_output() or value in _enclosed_outputs(graph):
+        return False
+    del graph.initializers[str(value.name)]
+    return True
+
+
+def _cast(value: ir.Value, output: ir.Value, names: _Names) -> ir.Node:
+    assert output.dtype is not None, "a cast has a type"
+    return ir.node("Cast", [value], {"to": output.dtype}, outputs=[output], name=names.free(f"{output.name}_cast"))
+
+
+def _like(value: ir.Value, name: str, dtype: ir.DataType) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=None if value.shape is None else value.shape.copy())
+
+
+def _enclosed(graph: ir.Graph) -> set[ir.Value]:
+    """Values that a subgraph reads."""
+    return {v for g in graph.subgraphs() for node in g for v in node.inputs if v is not None} | _enclosed_outputs(graph)
+
+
+def _enclosed_outputs(graph: ir.Graph) -> set[ir.Value]:
+    """Values that a subgraph returns, its own among them."""
+    return {value for inner in graph.subgraphs() for value in inner.outputs}
+
+
+class _Names:
+    """Names that are free everywhere in a model."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._taken: set[str | None] = set()
+        for graph in (model.graph, *model.graph.subgraphs()):
+            self._taken.update(value.name for value in graph.inputs)
+            self._taken.update(graph.initializers)
+            self._taken.update(name for node in graph for name in (node.name, *(o.name for o in node.outputs)))
+
+    def free(self, name: str) -> str:
+        found, count = name, 1
+        while found in self._taken:
+            count += 1
+            found = f"{name}_{count}"
+        self._taken.add(found)
+        return found
