@@ -35,7 +35,7 @@ WARM_LIMIT_S = 2.0
 MIN_CALLS = 3
 """Calls of a candidate in a block, however slow they are."""
 MAX_BLOCKS = 80
-LIMIT_S = 300.0
+LIMIT_S = 120.0
 """One batch size is measured no longer than this, warm-up aside, once it has `LEAST_BLOCKS`."""
 LEAST_BLOCKS = 5
 
