@@ -313,8 +313,8 @@ class _Sample:
 def collect(recipe: Recipe, sources: Sources, *, out_dir: Path, progress: Progress = no_progress) -> DataSets:
     """Run the user's ``calibration()`` (where an engine needs it) and ``validation()``, check and store every sample.
 
-    Takes at most ``quantize.samples`` and ``data.validation_samples`` samples; items that hold several samples along
-    the batch axis are split.
+    Takes at most ``quantize.samples`` and ``data.validation_samples`` samples. An item that holds several samples along
+    the batch axis is split, and with it its labels, along their first axis; labels of calibration samples are ignored.
 
     Raises:
         CalibrationError: the file has no such functions or they raise, a sample does not fit the recipe's inputs or is
@@ -476,7 +476,7 @@ def _split(recipe: Recipe, item: Any, name: str, count: int) -> Iterator[_Sample
     where = f"{name} sample {count}"
     labels = None
     if isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], Mapping):
-        item, labels = item
+        item, labels = item[0], item[1] if name == "validation" else None
     if not isinstance(item, Mapping):
         raise CalibrationError(
             f"{where}: found {_kind(item)}; a dict of arrays, or (dict, labels), was expected. Yield "

@@ -562,7 +562,8 @@ class _TorchRunner:
     """Runs the original; arrays in, arrays out."""
 
     def __init__(self, original: _Original, recipe: Recipe, *, threads: int) -> None:
-        torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+        usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(threads or usable or 1)
         self.original = original
         self.inputs = recipe.inputs
         self.outputs: tuple[TensorSpec, ...] = ()
@@ -998,7 +999,8 @@ def _module_of(node: ir.Node) -> str:
             return str(value.name).rpartition(".")[0]
     scopes = node.metadata_props.get("pkg.torch.onnx.name_scopes")
     path = ast.literal_eval(scopes) if scopes else []
-    return str(path[-2]).removeprefix("model").removeprefix(".") if len(path) > 1 else ""
+    inside = [module for module in path[:-1] if module == "model" or module.startswith("model.")]
+    return inside[-1].removeprefix("model").removeprefix(".") if inside else ""
 
 
 @contextlib.contextmanager

@@ -296,6 +296,12 @@ def test_batches_are_split_into_samples_with_their_labels(run: Run) -> None:
     assert stored.shapes(2) == {"x": (1, 3)}
 
 
+def test_labels_of_calibration_samples_are_ignored(run: Run) -> None:
+    found = run(_yields(({"x": ROWS[:2]}, {"odd": 1}), {"x": ROWS[2:3]}), _good(10, 20))
+    assert found.calibration is not None
+    assert not Samples(found.calibration.path).labelled
+
+
 def test_tensors_are_taken_without_importing_their_framework(run: Run) -> None:
     torch = pytest.importorskip("torch")
     found = run(_good(), _yields(({"x": torch.from_numpy(ROWS[10:12].copy()).requires_grad_()}, torch.tensor([1, 0]))))
