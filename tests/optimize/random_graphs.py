@@ -144,7 +144,7 @@ class Graph:
 
 OPERATORS: dict[str, Callable[[Graph], Val | None]] = {}
 PATTERNS = frozenset(
-    {"conv_bn", "gemm_bn", "layer_norm", "rms_norm", "gelu", "reshape_by_shape", "Reshape", "Transpose", "Cast"}
+    {"conv_bn", "gemm_bn", "layer_norm", "rms_norm", "gelu", "reshape_by_shape", "Reshape", "two_transposes", "Cast"}
 )
 """What passes look for, made more often."""
 
@@ -263,6 +263,17 @@ def _(g: Graph) -> Val | None:
         return None
     perm = [int(axis) for axis in (g.rng.permutation(len(x.shape)) if g.rng.random() < 0.8 else range(len(x.shape)))]
     return g.add("Transpose", [x], tuple(x.shape[axis] for axis in perm), x.dtype, perm=perm)
+
+
+@_operator("two_transposes")
+def _(g: Graph) -> Val | None:
+    x = g.any(None)
+    if x is None or len(x.shape) < 3:
+        return None
+    for keep in (g.rng.random() < 0.2, True):
+        perm = [int(axis) for axis in g.rng.permutation(len(x.shape))]
+        x = g.add("Transpose", [x], tuple(x.shape[axis] for axis in perm), x.dtype, perm=perm, keep=keep)
+    return x
 
 
 @_operator("Reshape")
@@ -481,6 +492,12 @@ def _(g: Graph) -> Val | None:
     slopes = g.pick([(0.5, 0.5), (0.0, -0.0), (0.5, 0.25)])
     left, right = (g.add("LeakyRelu", [x], x.shape, keep=False, alpha=slope) for slope in slopes)
     return g.add(g.pick(["Add", "Max"]), [left, right], x.shape)
+
+
+@_operator("minus_itself")
+def _(g: Graph) -> Val | None:
+    x = g.any()
+    return g.add("Sub", [x, x], x.shape) if x else None
 
 
 @_operator("If")
