@@ -208,9 +208,9 @@ def _accuracy(gate: GateSection, score: Score) -> _Finding:
             found = f"lost {score.lost}, gained {score.gained} of {score.samples}: {found}"
     else:
         estimate = estimates.value(score, gate.confidence)
-        found = f"{estimate.value:.6g}"
+        found = f"mean {estimate.value:.6g}"
         if score.binary:
-            found = f"{round(score.value * score.samples)} of {score.samples}: {found}"
+            found = f"{round(score.value * score.samples)} of {score.samples}: {estimate.value:.6g}"
     if not score.binary:
         found += f" over {score.samples} samples"
     if estimate.low is None or estimate.high is None:

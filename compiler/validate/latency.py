@@ -23,7 +23,7 @@ import numpy as np
 from compiler.errors import RecipeError
 from compiler.recipe import LatencySection
 from compiler.spec import Feeds, Latencies, Latency, Platform, Progress, Runner, no_progress
-from compiler.validate.estimates import CONTROL, EAGER
+from compiler.validate.estimates import CONTROL, EAGER, MIN_BLOCKS
 
 WARM_S = 0.2
 STEADY_BLOCKS = 5
@@ -36,8 +36,7 @@ MIN_CALLS = 3
 """Calls of a candidate in a block, however slow they are."""
 MAX_BLOCKS = 80
 LIMIT_S = 120.0
-"""One batch size is measured no longer than this, warm-up aside, once it has `LEAST_BLOCKS`."""
-LEAST_BLOCKS = 5
+"""One batch size is measured no longer than this, warm-up aside, once it has `MIN_BLOCKS`."""
 
 SEED = 0
 
@@ -137,7 +136,7 @@ def _measure_batch(
     blocks_of: dict[str, list[int]] = {name: [] for name in names}
     spent_s, block, wanted = 0.0, 0, section.blocks
     while True:
-        while block < wanted and (block < LEAST_BLOCKS or spent_s + spent_s / block <= LIMIT_S):
+        while block < wanted and (block < MIN_BLOCKS or spent_s + spent_s / block <= LIMIT_S):
             for position in np.random.default_rng([SEED, batch, block]).permutation(len(names)):
                 name = names[position]
                 # To the nanosecond: what a clock can tell, and half as long in JSON.
