@@ -14,7 +14,7 @@ in half, except where that would change more than the last digits:
   flow and what it encloses.
 
 Masks would make islands of all attention: -3.4e38 fits no FP16. Where such a constant can only reach a Softmax, by ways
-that leave it a mask, it becomes `MASK`: the exponential of either is exactly 0. (Of a row that is masked altogether,
+that leave it a mask, it becomes a few ten thousand below zero (FP16): the exponential of either is exactly 0. (Of a row that is masked altogether,
 the result may differ; it is noise in the original, too.) An infinity stays what it is.
 
 Why no list of operators that may be half: the schemas say it, for each parameter of each operator at each opset.
@@ -25,9 +25,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -39,72 +38,39 @@ from compiler.quantize.observe import Observed
 from compiler.quantize.placement import Edge
 from compiler.spec import Array, Precision
 
-TYPES: Mapping[Precision, ir.DataType] = {
-    Precision.FP16: ir.DataType.FLOAT16,
-    Precision.BF16: ir.DataType.BFLOAT16,
-}
-
 MARGIN = 2.0
 """How much larger than on the calibration samples a tensor may become before it overflows."""
 
-MASK: Mapping[Precision, float] = {Precision.FP16: -3e4, Precision.BF16: -1e30}
-"""What mask values become: FP16 leaves room for the score it is added to (65504 - 30000, divided by `MARGIN`)."""
+OLDEST_IR = 4
+"""The first IR version whose weights need not be inputs."""
 
 BF16_OPSET = 22
 OLDEST_RAISED = 20
 
 SUMS = frozenset(
-    {
-        *("CumSum", "Pow", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMean", "ReduceProd"),
-        *("ReduceSum", "ReduceSumSquare", "LpNormalization", "LpPool", "GlobalLpPool", "MeanVarianceNormalization"),
-        *("NegativeLogLikelihoodLoss", "SoftmaxCrossEntropyLoss"),
-    }
+    {"CumSum", "Pow", "LpNormalization", "LpPool", "GlobalLpPool", "MeanVarianceNormalization"}
+    | {"NegativeLogLikelihoodLoss", "SoftmaxCrossEntropyLoss"}
+    | {f"Reduce{kind}" for kind in ("L1", "L2", "LogSum", "LogSumExp", "Mean", "Prod", "Sum", "SumSquare")}
 )
 
 MOVERS = frozenset(
-    {
-        *(
-            "Compress",
-            "Concat",
-            "DepthToSpace",
-            "Expand",
-            "Flatten",
-            "Gather",
-            "GatherElements",
-            "GatherND",
-            "Identity",
-        ),
-        *("Pad", "Reshape", "ReverseSequence", "Slice", "SpaceToDepth", "Split", "Squeeze", "Tile", "Transpose"),
-        *("Trilu", "Unsqueeze"),
-    }
+    {"Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "DepthToSpace", "SpaceToDepth"}
+    | {"Concat", "Split", "Slice", "Pad", "Expand", "Tile", "Trilu", "ReverseSequence"}
+    | {"Gather", "GatherElements", "GatherND", "Compress"}
 )
 """Operators that compute nothing: they take over the precision around them."""
 
 _ELEMENTWISE = frozenset(
-    {
-        *(
-            "Abs",
-            "Add",
-            "Ceil",
-            "Clip",
-            "Cos",
-            "Div",
-            "Exp",
-            "Floor",
-            "Log",
-            "Max",
-            "Min",
-            "Mod",
-            "Mul",
-            "Neg",
-            "Reciprocal",
-        ),
-        *("Round", "Sin", "Sqrt", "Sub", "Where"),
-    }
+    {"Add", "Sub", "Mul", "Div", "Mod", "Neg", "Abs", "Reciprocal", "Sqrt", "Exp", "Log", "Sin", "Cos"}
+    | {"Floor", "Ceil", "Round", "Clip", "Max", "Min", "Where"}
 )
 
-_TAKES_NO_ROUNDING = frozenset({"OneHot", "RandomNormalLike", "RandomUniformLike", "EyeLike", "Bernoulli"})
-"""Operators of which ONNX knows a half form that is another operator: indices lose digits, or another type is made."""
+_NOT_IN_HALF = frozenset({"BitCast", "Cast", "OneHot", "RandomNormalLike", "RandomUniformLike", "EyeLike", "Bernoulli"})
+"""Operators whose half form is another operator: an index loses digits, or the output takes another type. Casts are
+looked through."""
+
+_TYPED_BY_RULE = frozenset({"ConstantOfShape", "DequantizeLinear"})
+"""Operators whose output has a type of its own in the schema, and here that of its filler or of its scale."""
 
 _QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
@@ -113,29 +79,17 @@ _NOTED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Form:
-    """Which inputs and outputs of a node are FP32 and may be half: all of them together, or none."""
-
-    inputs: tuple[bool, ...]
-    outputs: tuple[bool, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Format:
-    """The numbers of FP16 or BF16."""
+    """FP16 or BF16. Source of the numbers: IEEE 754-2019, table 3.5, and FP32 without its lower 16 bits."""
 
     precision: Precision
-    dtype: ir.DataType = field(init=False)
-    largest: float = field(init=False)
-    smallest: float = field(init=False)
+    dtype: ir.DataType
+    largest: float
+    smallest: float
     """The smallest normal number: below it digits are lost."""
-
-    def __post_init__(self) -> None:
-        dtype = TYPES[self.precision]
-        numbers = ml_dtypes.finfo(dtype.numpy())  # type: ignore[no-untyped-call]
-        object.__setattr__(self, "dtype", dtype)
-        object.__setattr__(self, "largest", float(numbers.max))
-        object.__setattr__(self, "smallest", float(numbers.smallest_normal))
+    mask: float
+    """What a mask value becomes: small enough that its exponential is 0, and far enough from ``largest`` that the
+    score which is added does not overflow."""
 
     @property
     def label(self) -> str:
@@ -146,6 +100,28 @@ class _Format:
         with np.errstate(over="ignore", under="ignore"):
             rounded: Array = array.astype(self.dtype.numpy())
         return rounded
+
+
+FORMATS: Mapping[Precision, _Format] = {
+    Precision.FP16: _Format(
+        precision=Precision.FP16, dtype=ir.DataType.FLOAT16, largest=65504.0, smallest=2.0**-14, mask=-3e4
+    ),
+    Precision.BF16: _Format(
+        precision=Precision.BF16,
+        dtype=ir.DataType.BFLOAT16,
+        largest=(2 - 2.0**-7) * 2.0**127,
+        smallest=2.0**-126,
+        mask=-1e30,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Form:
+    """Which inputs and outputs of a node are FP32 and may be half: all of them together, or none."""
+
+    inputs: tuple[bool, ...]
+    outputs: tuple[bool, ...]
 
 
 def convert(model: ir.Model, *, to: Precision, statistics: Observed, keep: Sequence[str]) -> list[str]:
@@ -164,11 +140,12 @@ def convert(model: ir.Model, *, to: Precision, statistics: Observed, keep: Seque
         RecipeError: a pattern of ``keep`` matches nothing.
         CalibrationError: no operator is left that could be half.
     """
-    number = _Format(precision=to)
+    number = FORMATS[to]
     LiftConstantsToInitializersPass(lift_all_constants=True)(model)
-    if any(output.dtype is None for node in model.graph for output in node.outputs):
-        ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
+    model.ir_version = max(model.ir_version, OLDEST_IR)
     graph = model.graph
+    if any(output.dtype is None for node in graph for output in node.outputs) and not _holds_sequences(graph):
+        ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
     kept = placement.match(graph, keep)
     raised = _raise_opset(model) if to is Precision.BF16 else []
     forms = {node: form for node in graph if (form := _form(node, model, number)) is not None}
@@ -208,6 +185,12 @@ def _listed(items: Sequence[str], limit: int = _NOTED) -> str:
     return ", ".join(items[:limit]) + more
 
 
+def _holds_sequences(graph: ir.Graph) -> bool:
+    """Whether there is anything but tensors: `ShapeInferencePass` writes down sequences as tensors of their elements."""
+    named = any("Sequence" in node.op_type or node.op_type.startswith("Optional") for node in graph.all_nodes())
+    return named or not all(isinstance(value.type, ir.TensorType) for value in graph.inputs)
+
+
 # --- what may be half -----------------------------------------------------------------------------------------------
 
 
@@ -227,40 +210,34 @@ def _raise_opset(model: ir.Model) -> list[str]:
 
 def _form(node: ir.Node, model: ir.Model, number: _Format) -> _Form | None:
     """What of ``node`` may be half by its schema; None where nothing may, or where it must not be touched."""
-    if node.op_identifier() in model.functions or node.op_type in _TAKES_NO_ROUNDING:
+    if node.domain != "" or node.op_identifier() in model.functions or node.op_type in _NOT_IN_HALF:
         return None
     if any(
         attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()
     ):
         return None
-    values = (*node.inputs, *node.outputs)
-    if any(
-        value is not None and value.type is not None and not isinstance(value.type, ir.TensorType) for value in values
-    ):
+    if "output_dtype" in node.attributes and node.attributes["output_dtype"].as_int() != ir.DataType.UNDEFINED:
         return None
-    if node.op_type == "Cast":  # Its input may be anything; casts that make FP32 are looked through: see `_Rewriter`.
+    if not all(isinstance(value.type, ir.TensorType) for value in (*node.inputs, *node.outputs) if value is not None):
         return None
     try:
-        schema = onnx.defs.get_schema(node.op_type, model.opset_imports.get(node.domain, 0), node.domain)
+        schema = onnx.defs.get_schema(node.op_type, model.opset_imports.get("", 0), "")
     except onnx.defs.SchemaError:
         return None
-    inputs = [_parameter(schema.inputs, index) for index in range(len(node.inputs))]
-    outputs = [_parameter(schema.outputs, index) for index in range(len(node.outputs))]
-    allowed = {c.type_param_str: frozenset(c.allowed_type_strs) for c in schema.type_constraints}
-    wanted = "tensor(float16)" if number.dtype == ir.DataType.FLOAT16 else "tensor(bfloat16)"
-    bound = {p for p, v in zip((*inputs, *outputs), values, strict=True) if v is not None and _is_float(v)}
-    variables = {variable for variable in bound if wanted in allowed.get(variable, ())}
-    free = {p for p, v in zip(outputs, node.outputs, strict=True) if _is_float(v) and p not in inputs}
-    if node.op_type == "DequantizeLinear":  # Its output is of its scale's type, under whatever name.
-        if "output_dtype" in node.attributes and node.attributes["output_dtype"].as_int() != ir.DataType.UNDEFINED:
-            return None
-    elif free and node.op_type != "ConstantOfShape":
-        variables -= free
-    form = _Form(
-        inputs=tuple(p in variables and v is not None for p, v in zip(inputs, node.inputs, strict=True)),
-        outputs=tuple(p in variables for p in outputs),
+    inputs = [None if v is None else _parameter(schema.inputs, i) for i, v in enumerate(node.inputs)]
+    outputs = [_parameter(schema.outputs, i) for i in range(len(node.outputs))]
+    wanted = f"tensor({number.dtype.name.lower()})"
+    allowed = {c.type_param_str for c in schema.type_constraints if wanted in c.allowed_type_strs}
+    variables = {p for p, v in zip(inputs, node.inputs, strict=True) if p in allowed and _is_float(v)}
+    made = {p for p, v in zip(outputs, node.outputs, strict=True) if p in allowed and _is_float(v)}
+    if not made <= variables and node.op_type not in _TYPED_BY_RULE:
+        return None  # of what type its output is, only the operator's own rules say
+    variables |= made
+    return (
+        _Form(inputs=tuple(p in variables for p in inputs), outputs=tuple(p in variables for p in outputs))
+        if variables
+        else None
     )
-    return form if any((*form.inputs, *form.outputs)) else None
 
 
 def _parameter(formal: Sequence[onnx.defs.OpSchema.FormalParameter], index: int) -> str:
@@ -299,9 +276,7 @@ def _clamp_masks(
         array = _filler(node) if index < 0 else _weight(source)
         assert array is not None, "a candidate holds a mask"
         lowest, changed = float(array.min()), _clamped(array, number)
-        notes[
-            f"mask value {lowest:.3g} of '{source.name}' becomes {MASK[number.precision]:g}: its exponential stays 0"
-        ] = None
+        notes[f"mask value {lowest:.3g} of '{source.name}' becomes {number.mask:g}: its exponential stays 0"] = None
         if index < 0:
             node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(changed))
             continue
@@ -323,7 +298,7 @@ def _holds_mask(array: Array | None, number: _Format) -> bool:
 
 def _clamped(array: Array, number: _Format) -> Array:
     low = np.isfinite(array) & (array < -number.largest / MARGIN)
-    return np.where(low, np.float32(MASK[number.precision]), array)
+    return np.where(low, np.float32(number.mask), array)
 
 
 def _reach(
@@ -339,7 +314,7 @@ def _reach(
     size: dict[ir.Value, float] = {}
     origin: dict[ir.Value, set[Edge]] = {}
     escaped: set[Edge] = set()
-    lowest = abs(MASK[number.precision])
+    lowest = abs(number.mask)
     for node in graph:
         hot = {i: size[value] for i, value in enumerate(node.inputs) if value is not None and value in size}
         hot |= {i: lowest for i in range(-1, len(node.inputs)) if (node, i) in candidates}
@@ -420,7 +395,7 @@ def _full_precision(
             reason |= {node: "beside values that do not fit" for node in touched if node not in reason}
     integers = _from_integers(graph)
     for node, form in forms.items():
-        if node.op_type in SUMS:
+        if _accumulates(node):
             reason.setdefault(node, "that sum or square")
         if any(output in integers for output in node.outputs):
             reason.setdefault(node, "that compute on integers")
@@ -441,6 +416,11 @@ def _full_precision(
             f"a factor of {MARGIN:g} left to activations): {listed}; what makes or reads them stays FP32"
         )
     return _Full(reason=reason, notes=notes)
+
+
+def _accumulates(node: ir.Node) -> bool:
+    reduction = node.attributes.get("reduction")
+    return node.op_type in SUMS or (reduction is not None and reduction.as_string() != "none")
 
 
 def _is_lost(node: ir.Node, weight: Array, number: _Format) -> bool:
