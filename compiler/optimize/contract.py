@@ -24,7 +24,7 @@ class Pass:
     does: str
     """What it may change, for people; completes "this pass ...s"."""
     counts: str
-    """What one change is, in the plural: ``"nodes"``."""
+    """What one change is, in the singular: ``"node"``."""
     run: Callable[[ir.Model, int], int]
     rounds: bool = False
     """Whether floats may come out rounded differently (products reassociated); other passes keep every bit that the

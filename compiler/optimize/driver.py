@@ -110,9 +110,13 @@ def interface_of(model: ir.Model) -> Interface:
 
     def describe_all(values: Sequence[ir.Value]) -> tuple[tuple[str, str, edit.Dims | None, bool], ...]:
         weights = model.graph.initializers
-        return tuple((v.name or "", str(v.type), edit.dims(v), v.name in weights) for v in values)
+        return tuple((v.name or "", _type(v), edit.dims(v), v.name in weights) for v in values)
 
     return describe_all(model.graph.inputs), describe_all(model.graph.outputs)
+
+
+def _type(value: ir.Value) -> str:
+    return value.type.dtype.numpy().name if isinstance(value.type, ir.TensorType) else str(value.type)
 
 
 def run_passes(
@@ -148,6 +152,8 @@ def run_passes(
         unchanged += 1  # a pass leaves nothing for itself to do
         if unchanged == len(passes):
             return applied
+    if not passes:
+        return applied
     last = applied[-1].step
     raise _blame(where, last, f"still changes the graph after {MAX_ROUNDS} rounds", "passes come to an end")
 
@@ -171,15 +177,19 @@ def _interface_change(before: Interface, after: Interface) -> str:
 
 def _show(value: tuple[str, str, edit.Dims | None, bool]) -> str:
     name, type_, shape, has_default = value
-    sizes = "of any shape" if shape is None else "[" + ", ".join("?" if d is None else str(d) for d in shape) + "]"
-    return f"'{name}' {type_} {sizes}{' with a default' if has_default else ''}"
+    sizes = " of any shape" if shape is None else "[" + ", ".join("?" if d is None else str(d) for d in shape) + "]"
+    return f"'{name}' {type_}{sizes}{' with a default' if has_default else ''}"
 
 
 def _notes(applied: Sequence[Applied]) -> list[str]:
     totals: Counter[str] = Counter()
     for entry in applied:
         totals[entry.step.name] += entry.changes
-    return [f"{step.name}: {totals[step.name]} {step.counts}" for step in PASSES if totals[step.name]]
+    return [
+        f"{step.name}: {number} {step.counts}{'s' if number > 1 else ''}"
+        for step in PASSES
+        if (number := totals[step.name])
+    ]
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------

@@ -264,6 +264,6 @@ def _cast(array: Array, to: ir.DataType) -> list[Array] | None:
 FOLD_CONSTANTS = Pass(
     name="fold_constants",
     does="computes nodes whose inputs are constant, and turns Constant nodes into weights",
-    counts="nodes",
+    counts="node",
     run=_run,
 )

@@ -202,7 +202,7 @@ def _scaled(linear: ir.Node, weight: Array, factor: Array) -> Array:
 FOLD_BATCH_NORM = Pass(
     name="fold_batch_norm",
     does="folds BatchNormalization into the Conv, ConvTranspose or Gemm in front of it",
-    counts="nodes",
+    counts="node",
     run=_fold_batch_norm,
     rounds=True,
 )
@@ -210,7 +210,7 @@ FOLD_BATCH_NORM = Pass(
 FOLD_AFFINE = Pass(
     name="fold_affine",
     does="folds a per-channel Mul, Add or Sub of constants into the Conv, ConvTranspose or Gemm in front of it",
-    counts="nodes",
+    counts="node",
     run=_fold_affine,
     rounds=True,
 )

@@ -270,6 +270,6 @@ _FOLLOW: dict[str, _Follow] = {
 FOLD_SHAPES = Pass(
     name="fold_shapes",
     does="makes sizes, and targets of Reshape and Expand, constant where shapes say what they are",
-    counts="nodes",
+    counts="node",
     run=_run,
 )

@@ -137,7 +137,7 @@ def _is(number: float, expected: float) -> bool:
 FUSE_GELU = Pass(
     name="fuse_gelu",
     does="makes one Gelu of the nodes that compute it, from opset 20 on",
-    counts="nodes",
+    counts="node",
     run=_run,
     rounds=True,
 )

@@ -182,7 +182,7 @@ def _become(
 FUSE_LAYER_NORM = Pass(
     name="fuse_layer_norm",
     does="makes one LayerNormalization of the nodes that compute it, from opset 17 on",
-    counts="nodes",
+    counts="node",
     run=_fuse_layer_norm,
     rounds=True,
 )
@@ -190,7 +190,7 @@ FUSE_LAYER_NORM = Pass(
 FUSE_RMS_NORM = Pass(
     name="fuse_rms_norm",
     does="makes one RMSNormalization of the nodes that compute it, from opset 23 on",
-    counts="nodes",
+    counts="node",
     run=_fuse_rms_norm,
     rounds=True,
 )

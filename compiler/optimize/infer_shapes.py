@@ -90,6 +90,6 @@ def _refine(value: ir.Value, type_: ir.TypeProtocol | None, shape: ir.Shape | No
 INFER_SHAPES = Pass(
     name="infer_shapes",
     does="notes the dtypes and shapes of values between inputs and outputs",
-    counts="values",
+    counts="value",
     run=_run,
 )

@@ -55,6 +55,6 @@ def _fits(call: ir.Node, model: ir.Model) -> bool:
 INLINE_FUNCTIONS = Pass(
     name="inline_functions",
     does="replaces calls of local functions with their bodies",
-    counts="calls",
+    counts="call",
     run=_run,
 )

@@ -85,6 +85,6 @@ def _name_target(node: ir.Node) -> int:
 MERGE_CASTS = Pass(
     name="merge_casts",
     does="skips a Cast to a wider type in front of another Cast, and gives CastLike its dtype",
-    counts="nodes",
+    counts="node",
     run=_run,
 )

@@ -96,6 +96,6 @@ def _raw(tensor: ir.TensorProtocol) -> NDArray[np.uint8]:
 MERGE_DUPLICATES = Pass(
     name="merge_duplicates",
     does="keeps one of several nodes that compute the same, and one of several weights that hold the same",
-    counts="nodes and weights",
+    counts="duplicate",
     run=_run,
 )

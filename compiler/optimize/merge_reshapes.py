@@ -88,6 +88,6 @@ def _axes(node: ir.Node) -> list[int] | None:
 MERGE_RESHAPES = Pass(
     name="merge_reshapes",
     does="skips nodes that regroup axes in front of a Reshape to a constant shape, and merges Squeeze and Unsqueeze",
-    counts="nodes",
+    counts="node",
     run=_run,
 )

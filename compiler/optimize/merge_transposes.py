@@ -37,6 +37,6 @@ def _perm(node: ir.Node) -> list[int] | None:
 MERGE_TRANSPOSES = Pass(
     name="merge_transposes",
     does="makes one Transpose of two in a row",
-    counts="nodes",
+    counts="node",
     run=_run,
 )

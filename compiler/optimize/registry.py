@@ -26,11 +26,11 @@ PASSES: tuple[Pass, ...] = (
     MERGE_CASTS,
     MERGE_TRANSPOSES,
     MERGE_RESHAPES,
-    MERGE_DUPLICATES,
     FOLD_BATCH_NORM,
     FOLD_AFFINE,
     FUSE_LAYER_NORM,
     FUSE_RMS_NORM,
     FUSE_GELU,
+    MERGE_DUPLICATES,  # behind the folding into weights, which wants each Conv for itself
     REMOVE_DEAD,
 )

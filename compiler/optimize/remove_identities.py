@@ -189,6 +189,6 @@ _CHECKS: dict[str, _Check] = {
 REMOVE_IDENTITIES = Pass(
     name="remove_identities",
     does="removes nodes that hand on their input unchanged",
-    counts="nodes",
+    counts="node",
     run=_run,
 )

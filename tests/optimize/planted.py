@@ -59,7 +59,8 @@ def nan_blind(model: ir.Model, limit_bytes: int) -> int:
     changed = 0
     for node in _nodes(model, "Sub"):
         x = node.inputs[0]
-        if x is node.inputs[1] and x is not None and x.dtype == ir.DataType.FLOAT and (shape := edit.static(x)):
+        shape = [dim if isinstance(dim, int) else 1 for dim in edit.dims(x) or ()]
+        if x is node.inputs[1] and x is not None and x.dtype == ir.DataType.FLOAT and shape:
             zeros = editor.weight(np.zeros(shape, np.float32), wish="zeros", before=node)
             edit.replace(node.outputs[0], editor.node("Identity", (zeros,), before=node, like=node.outputs[0]))
             edit.remove(node)
@@ -151,12 +152,11 @@ def same_but_for_attributes(model: ir.Model, limit_bytes: int) -> int:
 
 
 def duplicate_name(model: ir.Model, limit_bytes: int) -> int:
-    """A new value under a name that is taken."""
-    first = next((node for node in model.graph if node.outputs), None)
-    if first is None or first.outputs[0].name == "taken" or any(n.name == "again" for n in model.graph):
+    """Two values under one name."""
+    values = [value for node in model.graph for value in node.outputs if not value.is_graph_output()]
+    if len(values) < 2 or values[0].name == values[1].name:
         return 0
-    value = ir.Value(name=first.outputs[0].name)
-    model.graph.insert_after(first, ir.Node("", "Identity", (first.outputs[0],), outputs=(value,), name="again"))
+    values[1].name = values[0].name
     return 1
 
 
@@ -194,7 +194,7 @@ def unknown_operator(model: ir.Model, limit_bytes: int) -> int:
 
 
 def _plant(run: Callable[[ir.Model, int], int]) -> Pass:
-    return Pass(name=run.__name__, does="breaks something", counts="faults", run=run, rounds=False)
+    return Pass(name=run.__name__, does="breaks something", counts="fault", run=run, rounds=False)
 
 
 WRONG_NUMBERS = [

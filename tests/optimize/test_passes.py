@@ -614,7 +614,7 @@ def test_a_pass_that_never_ends_is_stopped() -> None:
         return 1
 
     with pytest.raises(RecursionError) as caught:
-        apply(Pass(name="flip", does="flips", counts="nodes", run=flip), parse(f"{FLOAT} {{ y = Neg(x) }}"), 0)
+        apply(Pass(name="flip", does="flips", counts="node", run=flip), parse(f"{FLOAT} {{ y = Neg(x) }}"), 0)
     assert str(caught.value) == f"pass 'flip' still finds something to change after {MAX_REPEATS} repeats"
 
 
