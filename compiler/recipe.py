@@ -187,7 +187,8 @@ class Recipe(_Section, frozen=True, kw_only=True):
     )
     quantize: QuantizeSection = QuantizeSection()
     latency: LatencySection = LatencySection()
-    gates: tuple[GateSection, ...] = (GateSection(metric="cosine", min=0.99),)
+    gates: tuple[GateSection, ...] = (GateSection(metric="cosine", min=0.99), GateSection(metric="sqnr_db", min=10.0))
+    """By default the outputs keep their direction (cosine) and their size, which cosine does not see (SQNR)."""
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -457,9 +458,9 @@ def _check_engines(recipe: Recipe) -> Iterator[_Problem]:
         if engine.label in seen:
             yield _Problem(("engines", index), f"a second engine named '{engine.label}'; give each its own name.")
         seen[engine.label] = index
-        if engine.label in ("eager", "compile", "original"):
+        if engine.label in ("eager", "compile", "original", "control"):
             yield _Problem(
-                ("engines", index, "name"), f"'{engine.label}' names the original model. Choose another name."
+                ("engines", index, "name"), f"'{engine.label}' names a run of the original model. Choose another name."
             )
         if engine.precision is Precision.FP32 and engine.keep:
             yield _Problem(("engines", index, "keep"), "an FP32 engine keeps every layer in FP32 already. Remove it.")
@@ -492,6 +493,11 @@ def _check_gates(recipe: Recipe) -> Iterator[_Problem]:
             yield _Problem((*where, "engine"), f"no engine is named '{gate.engine}'; {_nearest(gate.engine, names)}")
         if gate.batch is not None and gate.metric not in SPEED_METRICS:
             yield _Problem((*where, "batch"), f"'{gate.metric}' does not depend on the batch size. Remove it.")
+        if gate.batch is not None and recipe.latency.batches and gate.batch not in recipe.latency.batches:
+            timed = ", ".join(map(str, recipe.latency.batches))
+            yield _Problem(
+                (*where, "batch"), f"batch {gate.batch} is not timed; expected one of {timed} (latency.batches)."
+            )
         if gate.against != "original" and gate.metric not in ("speedup_p50", "size_ratio"):
             yield _Problem((*where, "against"), f"'{gate.metric}' is not a ratio. Remove it.")
         elif gate.against not in ("original", "eager", "compile", *names):

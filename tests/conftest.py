@@ -81,6 +81,7 @@ precision = "fp32"
 precision = "int8"
 
 [latency]
+batches = [1]
 blocks = 5
 block_ms = 5.0
 compile = false

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -11,12 +12,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 
 import compiler
+from compiler import codec, source
+from compiler import recipe as recipes
+from compiler.pipeline import plan as plans
+from compiler.pipeline import session
+from compiler.pipeline.store import Store
+from compiler.spec import OnnxModel
 from tests.conftest import Workshop
 
 Change = Callable[[str, str, str], None]
@@ -25,7 +35,7 @@ Change = Callable[[str, str, str], None]
 def test_a_recipe_becomes_a_verified_engine_that_runs_without_pytorch(workshop: Workshop) -> None:
     done = workshop.run("points.toml")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"int8 +int8 +0\.0\d +top1 0\.\d+ +[-+]0\.\d+ \[", done.stderr)
+    assert re.search(r"int8 +0\.0\d +top1 [01]\.\d+ +drop -?0\.\d+ \[-?0\.\d+, 0\.\d+\] +1 +0\.\d+", done.stderr)
     assert "pass: dist/points" in done.stderr
     report = workshop.report()
     assert report["outcome"] == "pass"
@@ -45,7 +55,7 @@ def test_an_unchanged_rerun_only_checks_and_a_changed_gate_only_judges(workshop:
     assert "from the store" not in again.stderr
     stricter = workshop.run("points.toml", "--set", "gates.0.max_drop=0.09")
     assert stricter.returncode == 0
-    assert stricter.stderr.count("from the store") == 9 == len(workshop.report()["steps"])
+    assert stricter.stderr.count("from the store") == len(workshop.report()["steps"]) == 11
 
 
 def test_only_what_depends_on_a_changed_key_is_run_again(workshop: Workshop) -> None:
@@ -75,7 +85,7 @@ def test_only_what_depends_on_a_changed_key_is_run_again(workshop: Workshop) -> 
 
 def test_a_comment_in_the_recipe_changes_nothing(workshop: Workshop, change: Change) -> None:
     workshop.run("points.toml")
-    change("points.toml", "[model]", "# a comment\n\n[ model ]")
+    change("points.toml", "[model]\n", "# a comment\n\n[ model ]\n")
     assert "unchanged since" in workshop.run("points.toml").stderr
 
 
@@ -99,6 +109,50 @@ def test_a_missed_gate_exits_8_and_leaves_the_last_good_artifact(workshop: Works
     assert "sqnr_db" in (workshop.folder / "dist/points.rejected/report.md").read_text()
     again = workshop.run("strict.toml")
     assert (again.returncode, "unchanged since" in again.stderr) == (8, True)
+
+
+def _plant(workshop: Workshop, step: str, break_it: Callable[[Path], None]) -> None:
+    """Put a broken model in the place of what a step left in the store, as if the step itself had made it."""
+    recipe = recipes.load(workshop.folder / "points.toml")
+    plan = plans.make(recipe, source.locate(recipe, workshop.folder), machine=session.machine())
+    key = plan.step(step).key
+    with Store.open(workshop.store) as store:
+        kept = store.lookup(key)
+        assert kept is not None
+        aside = workshop.folder / "aside"
+        shutil.copytree(kept, aside)
+        (aside / "entry.json").unlink()
+        store.discard(key)
+        with store.fill(key) as filling:
+            shutil.copytree(aside, filling.folder, dirs_exist_ok=True)
+            model = codec.load((filling.folder / "result.json").read_bytes(), OnnxModel, filling.folder)
+            break_it(model.path)
+            broken = replace(model, sha256=hashlib.sha256(model.path.read_bytes()).hexdigest())
+            (filling.folder / "result.json").write_bytes(codec.dump(broken, filling.folder))
+
+
+@pytest.mark.parametrize("factor", [8.0, 0.125])
+def test_a_scale_that_is_off_by_8_exits_8(workshop: Workshop, factor: float, tmp_path: Path) -> None:
+    workshop.store = tmp_path / "store"  # the fault must not reach another test
+    assert workshop.run("points.toml").returncode == 0
+
+    def break_it(path: Path) -> None:
+        model = onnx.load(path)
+        first = next(node for node in model.graph.node if node.op_type == "QuantizeLinear")
+        users = {name for node in model.graph.node for name in node.input if name == first.input[1]}
+        assert users
+        scale = next(tensor for tensor in model.graph.initializer if tensor.name == first.input[1])
+        scale.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(scale) * np.float32(factor), scale.name))
+        back = next(n for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] == first.output[0])
+        other = next(tensor for tensor in model.graph.initializer if tensor.name == back.input[1])
+        if other.name != scale.name:
+            other.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(other) * np.float32(factor), other.name))
+        onnx.save(model, path)
+
+    _plant(workshop, "quantize:int8", break_it)
+    done = workshop.run("points.toml", "--remeasure")
+    assert done.returncode == 8, done.stderr
+    assert re.search(r"fail: int8: lost \d+, gained \d+ of 600", done.stderr)
 
 
 def test_too_few_samples_for_a_gate_exit_10_and_say_how_many_would_do(workshop: Workshop) -> None:
@@ -218,7 +272,7 @@ def test_two_builds_at_once_run_each_step_once(workshop: Workshop, tmp_path: Pat
     builds = [_start(workshop, "points.toml", "--output", f"out{n}", store=store) for n in (1, 2)]
     said = [build.communicate(timeout=240)[1] for build in builds]
     assert [build.returncode for build in builds] == [0, 0], said
-    assert sum(text.count("from the store") for text in said) == 9
+    assert sum(text.count("from the store") for text in said) == 11
     shutil.rmtree(store)
 
 

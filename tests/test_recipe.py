@@ -46,7 +46,7 @@ def test_a_short_recipe_gets_good_defaults(tmp_path: Path) -> None:
     assert found.axes == {"batch": DimRange(min=1, opt=8, max=64)}
     assert found.inputs[0].shape == ("batch", 3)
     assert found.inputs[0].dtype == "float32"
-    assert found.gates[0].describe() == "cosine >= 0.99 (95%)"
+    assert [gate.describe() for gate in found.gates] == ["cosine >= 0.99 (95%)", "sqnr_db >= 10 (95%)"]
 
 
 def test_every_mistake_is_named_at_once_with_its_line(tmp_path: Path) -> None:
@@ -101,10 +101,11 @@ def test_the_message_of_one_mistake(tmp_path: Path, change: tuple[str, str], mes
         ('[[gates]]\nmetric = "speedup_p50"\nmin = 1\nagainst = "egaer"', "r.toml:15: [gates #1] against: found 'egaer'; did you mean 'eager'?"),
         ('[[gates]]\nmetric = "top1"\nmax_drop = -0.1', "r.toml:14: [gates #1] max_drop: found -0.1; expected a number >= 0.0."),
         ('[[engines]]\nprecision = "int8"\n[[engines]]\nprecision = "int8"', "r.toml:14: [engines #2]: a second engine named 'int8'; give each its own name."),
-        ('[[engines]]\nprecision = "fp32"\nname = "eager"', "r.toml:14: [engines #1] name: 'eager' names the original model. Choose another name."),
+        ('[[engines]]\nprecision = "fp32"\nname = "eager"', "r.toml:14: [engines #1] name: 'eager' names a run of the original model. Choose another name."),
         ('[[engines]]\nprecision = "fp32"\nkeep = ["a"]', "r.toml:14: [engines #1] keep: an FP32 engine keeps every layer in FP32 already. Remove it."),
         ('[[engines]]\nprecision = "fp16"\nrest = "bf16"', "r.toml:14: [engines #1] rest: only an INT8 engine has a rest; this one is fp16. Remove it."),
         ('[latency]\nbatches = [128]', "r.toml:13: [latency] batches: batch 128 is outside axis 'batch', 1 to 64."),
+        ('[latency]\nbatches = [1]\n[[gates]]\nmetric = "p50_ms"\nmax = 1\nbatch = 8', "r.toml:17: [gates #1] batch: batch 8 is not timed; expected one of 1 (latency.batches)."),
         ('[data]\nsource = "x.csv"', "r.toml:13: [data] source: found 'x.csv'; a Python file was expected."),
         ('[quantize]\nmethod = "kl"', "r.toml:13: [quantize] method: found 'kl'; expected one of minmax, percentile, entropy, mse."),
         ('[quantize]\npercentile = 3.0', "r.toml:13: [quantize] percentile: found 3.0; expected a number > 50.0."),

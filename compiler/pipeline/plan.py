@@ -16,7 +16,6 @@ from typing import Any
 
 import msgspec
 
-import compiler
 from compiler import backends, codec, source
 from compiler.recipe import EngineSection, Recipe
 from compiler.spec import DataSets, Engine, Interface, Latencies, OnnxModel, Outputs, Precision, Scores, Statistics
@@ -79,7 +78,7 @@ STAGES: Mapping[str, Stage] = {
     "inspect": Stage(result=Interface, sources=("starter.py",), packages=(), error="ExportError"),
     "latency": Stage(
         result=Latencies,
-        sources=("validate/latency.py", "export.py", "backends"),
+        sources=("validate", "export.py", "backends"),
         packages=("torch",),
         error="BuildError",
     ),
@@ -235,7 +234,7 @@ def _quantize_section(recipe: Recipe, engine: EngineSection) -> Mapping[str, Any
 @functools.cache
 def _code(parts: tuple[str, ...]) -> str:
     """SHA-256 over the text of files of this package."""
-    root = Path(compiler.__file__).parent
+    root = Path(__file__).parent.parent
     digest = hashlib.sha256()
     for part in sorted(parts):
         path = root / part
