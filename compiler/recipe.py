@@ -130,6 +130,8 @@ class LatencySection(_Section, frozen=True, kw_only=True):
     """Interleaved blocks; doubled, to at most 80, while a latency gate is undecided."""
     block_ms: Annotated[float, Meta(gt=0)] = 50.0
     """Each candidate runs at least this long in a block."""
+    limit_s: Annotated[float, Meta(gt=0)] = 60.0
+    """No batch size is measured longer than this, warm-up aside, but for 5 blocks."""
     compile: bool = True
     """Time `torch.compile` of the original too, where it works."""
 

@@ -35,8 +35,6 @@ WARM_LIMIT_S = 2.0
 MIN_CALLS = 3
 """Calls of a candidate in a block, however slow they are."""
 MAX_BLOCKS = 80
-LIMIT_S = 120.0
-"""One batch size is measured no longer than this, warm-up aside, once it has `MIN_BLOCKS`."""
 
 SEED = 0
 
@@ -63,7 +61,7 @@ def measure(
 
     Each candidate runs ``max(3 calls, block_ms)`` in a block. ``section.blocks`` blocks are doubled, to at most 80, while
     ``undecided`` says of the latencies of a batch size that a gate on them is. No batch size takes longer than
-    `LIMIT_S`, but for 5 blocks, which it always gets.
+    ``section.limit_s``, but for 5 blocks, which it always gets.
 
     Args:
         candidates: ``"eager"`` (the original), ``"compile"`` where it works, and the engines by name. ``"control"``, the
@@ -136,7 +134,7 @@ def _measure_batch(
     blocks_of: dict[str, list[int]] = {name: [] for name in names}
     spent_s, block, wanted = 0.0, 0, section.blocks
     while True:
-        while block < wanted and (block < MIN_BLOCKS or spent_s + spent_s / block <= LIMIT_S):
+        while block < wanted and (block < MIN_BLOCKS or spent_s + spent_s / block <= section.limit_s):
             for position in np.random.default_rng([SEED, batch, block]).permutation(len(names)):
                 name = names[position]
                 # To the nanosecond: what a clock can tell, and half as long in JSON.
@@ -157,7 +155,7 @@ def _measure_batch(
             for name in names
         ]
         if block < wanted:
-            notes.append(f"batch {batch}: stopped after {block} of {wanted} blocks, at the limit of {LIMIT_S:g} s")
+            notes.append(f"batch {batch}: stopped after {block} of {wanted} blocks, at the limit of {section.limit_s:g} s")
             return latencies, notes
         if wanted >= MAX_BLOCKS or not undecided(latencies):
             return latencies, notes
