@@ -108,7 +108,8 @@ def export(
 ) -> OnnxModel:
     """Write the original as ``model.onnx``, and compare the two on real samples at the extremes of every axis.
 
-    An ONNX source is copied, with its axes named as in the recipe, and its optimised run is compared with its
+    Where torch's own optimisation of the graph breaks it (as its fusion of rotary embeddings does at opset 23), the
+    model is exported without, and a note says so. An ONNX source is copied, with its axes named as in the recipe, and its optimised run is compared with its
     unoptimised one. ``probe.npz`` is one feed at the optimum of every axis; ``export.log`` holds what torch had to say.
 
     Args:
@@ -126,39 +127,36 @@ def export(
         RecipeError: transformers is not installed, or has no such task.
     """
     samples = first_samples(recipe, sources, PROBE_SAMPLES)
-    points = _points(recipe.axes)
     path = out_dir / "model.onnx"
     notes: list[str] = []
     optimum = {name: axis.opt for name, axis in recipe.axes.items()}
     probe = _feeds_at(recipe, samples, optimum)
-    progress(0, len(points) + 1)
     original: Runner
+    module: _Original | None = None
     if sources.kind == "onnx":
         _adopt(recipe, sources, path, notes, external_above)
-        original = open_model(path, optimize=False)
+        original = _at("", lambda: open_model(path, optimize=False))
     else:
         module = _load(recipe, sources, notes)
         original = _TorchRunner(module, recipe, threads=0)
     try:
         _check_repeatable(original, probe, recipe, _point(optimum), notes)
-        if sources.kind != "onnx":
-            _write(module, recipe, samples, opset, path, out_dir / "export.log", notes, external_above)
-        progress(1, len(points) + 1)
-        exported = _at("", lambda: open_model(path, optimize=True))
-        try:
-            largest = _largest_tensor(original, probe)
-            for done, sizes in enumerate(points, start=1):
-                needed = largest * _growth(recipe, sizes)
-                if needed > MAX_POINT_ELEMENTS:
-                    notes.append(
-                        f"not compared at {_point(sizes)}: a tensor would have about {needed:.1e} elements "
-                        f"(limit {MAX_POINT_ELEMENTS:.1e})"
-                    )
-                else:
-                    _compare(recipe, original, exported, _feeds_at(recipe, samples, sizes), _point(sizes))
-                progress(done + 1, len(points) + 1)
-        finally:
-            exported.close()
+        points = _points_within_reach(recipe, _largest_tensor(original, probe), notes)
+        progress(0, len(points) + 1)
+        broken: str | None = None
+        for optimized in (True, False):
+            if module is not None:
+                log = out_dir / "export.log"
+                _write(module, recipe, samples, opset, optimized, path, log, notes, external_above)
+            progress(1, len(points) + 1)
+            found = _compare(recipe, original, path, open_model, samples, points, progress)
+            if found is None:
+                break
+            if broken is not None or module is None:
+                raise ExportError(broken or found)
+            broken = found
+        if broken is not None:
+            notes.append(f"exported without torch's own optimisation of the graph, which broke it: {broken}")
     finally:
         original.close()
     _save_npz(out_dir / "probe.npz", probe)
@@ -190,7 +188,8 @@ def open_original(recipe: Recipe, sources: Sources, *, compiled: bool, threads: 
                 f"{shown(sources.model_path)}: an ONNX file; a PyTorch model was expected for torch.compile. Set "
                 "[latency] compile = false."
             )
-        return open_model(sources.model_path, threads=threads, optimize=False)
+        model_path = sources.model_path
+        return _at("", lambda: open_model(model_path, threads=threads, optimize=False))  # type: ignore[no-any-return]
     runner = _TorchRunner(_load(recipe, sources, []), recipe, threads=threads)
     runner.outputs = _output_specs(runner, recipe, first_samples(recipe, sources, 1))
     if compiled:
@@ -729,6 +728,21 @@ def _points(axes: Mapping[str, DimRange]) -> list[dict[str, int]]:
     return [dict(point) for point in dict.fromkeys(tuple(point.items()) for point in points)]
 
 
+def _points_within_reach(recipe: Recipe, largest: int, notes: list[str]) -> list[dict[str, int]]:
+    """`_points`, less those where a tensor would exceed `MAX_POINT_ELEMENTS`; ``largest`` is the one at the optimum."""
+    within = []
+    for sizes in _points(recipe.axes):
+        needed = largest * _growth(recipe, sizes)
+        if needed <= MAX_POINT_ELEMENTS:
+            within.append(sizes)
+        else:
+            notes.append(
+                f"not compared at {_point(sizes)}: a tensor would have about {needed:.1e} elements "
+                f"(limit {MAX_POINT_ELEMENTS:.1e})"
+            )
+    return within
+
+
 def _point(sizes: _Sizes) -> str:
     return ", ".join(f"{name}={size}" for name, size in sizes.items()) or "the fixed shapes"
 
@@ -771,6 +785,7 @@ def _write(
     recipe: Recipe,
     samples: Sequence[Feeds],
     opset: int,
+    optimized: bool,
     path: Path,
     log: Path,
     notes: list[str],
@@ -784,7 +799,7 @@ def _write(
             f"{original.where}: output '{clash[0]}' has the name of an input; different names were expected. Name the "
             "outputs in [model] outputs."
         )
-    model = _trace(original, recipe, examples, len(names), opset, log, notes)
+    model = _trace(original, recipe, examples, len(names), opset, optimized, log, notes)
     _tidy(model, [spec.name for spec in recipe.inputs], names)
     for value, spec in zip(model.graph.inputs, recipe.inputs, strict=True):
         value.shape = ir.Shape(spec.shape)
@@ -809,13 +824,14 @@ def _trace(
     examples: Feeds,
     count: int,
     opset: int,
+    optimized: bool,
     log: Path,
     notes: list[str],
 ) -> ir.Model:
     """Run the exporter, for ``count`` outputs: with the axes' ranges where it takes them, else with their names only."""
     free = {name: axis for name, axis in recipe.axes.items() if axis.min < axis.max}
     failure: Exception | None = None
-    with log.open("w") as file:
+    with log.open("a") as file:
         for ranged in (True, False):
             try:
                 with _quiet(file):
@@ -837,7 +853,7 @@ def _trace(
                         # names of our own: the exporter lets a user's name meet one of its values, unseen
                         input_names=[f"{_PRIVATE}{index}" for index in range(len(recipe.inputs))],
                         output_names=[f"{_PRIVATE}out_{index}" for index in range(count)],
-                        optimize=True,
+                        optimize=optimized,
                         verbose=False,
                     )
             except Exception as exc:
@@ -1130,21 +1146,51 @@ def _check_repeatable(original: Runner, probe: Feeds, recipe: Recipe, point: str
             )
 
 
-def _compare(recipe: Recipe, original: Runner, exported: Runner, feeds: Feeds, point: str) -> None:
-    """The exported model gives what the original gives, at one point of the axes."""
-    expected = _at(point, lambda: original.run(feeds))
-    found = _at(f"{point}: the exported model", lambda: exported.run(feeds))
-    for name, value in expected.items():
-        if name not in found:
-            raise ExportError(
-                f"the exported model has no output '{name}'; found {', '.join(found)}. Give [model] outputs other names."
-            )
-        difference = _difference(value, found[name], recipe.export.rtol, recipe.export.atol)
-        if difference is not None:
-            raise ExportError(
-                f"output '{name}' at {point}: the ONNX model and the original differ {difference}. Look in forward() for "
-                "Python code that depends on sizes or values (if, int, .item()), or loosen [export] rtol and atol."
-            )
+def _compare(
+    recipe: Recipe,
+    original: Runner,
+    path: Path,
+    open_model: OpenModel,
+    samples: Sequence[Feeds],
+    points: Sequence[_Sizes],
+    progress: Progress,
+) -> str | None:
+    """What is wrong with the exported model at the first point where it fails or differs from the original, or None.
+
+    Raises:
+        ExportError: the original itself fails.
+    """
+    exported: Runner | None = None
+    try:
+        exported = open_model(path, optimize=True)
+        for done, sizes in enumerate(points, start=1):
+            point = _point(sizes)
+            feeds = _feeds_at(recipe, samples, sizes)
+            expected = _at(point, lambda feeds=feeds: original.run(feeds))  # type: ignore[misc]  # called at once
+            try:
+                found = exported.run(feeds)
+            except BuildError as exc:
+                return f"the exported model at {point}: {exc.message}"
+            for name, value in expected.items():
+                if name not in found:
+                    return (
+                        f"the exported model has no output '{name}'; found {', '.join(found)}. Give [model] outputs other "
+                        "names."
+                    )
+                difference = _difference(value, found[name], recipe.export.rtol, recipe.export.atol)
+                if difference is not None:
+                    return (
+                        f"output '{name}' at {point}: the ONNX model and the original differ {difference}. Look in "
+                        "forward() for Python code that depends on sizes or values (if, int, .item()), or loosen [export] "
+                        "rtol and atol."
+                    )
+            progress(done + 1, len(points) + 1)
+    except BuildError as exc:
+        return f"the exported model: {exc.message}"
+    finally:
+        if exported is not None:
+            exported.close()
+    return None
 
 
 def _difference(expected: Array, found: Array, rtol: float, atol: float) -> str | None:

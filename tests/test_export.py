@@ -610,6 +610,50 @@ def test_an_output_that_got_lost_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     )
 
 
+def test_where_the_exporters_optimiser_breaks_a_model_it_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: only an optimised export has a wrong bias."""
+    real = torch.onnx.export
+
+    def tampered(*args: Any, **kwargs: Any) -> Any:
+        program = real(*args, **kwargs)
+        for value in program.model.graph.initializers.values():
+            if value.name.endswith("bias") and kwargs["optimize"]:
+                value.const_value = ir.tensor(np.asarray([1, 1], np.float32), name=value.name)
+        return program
+
+    monkeypatch.setattr(torch.onnx, "export", tampered)
+    model = _case(tmp_path, _net("return self.fc(x)")).export()
+    assert open_model(model.path).run({"x": np.zeros((1, 3), np.float32)})["output_0"].tolist() == [BIAS.tolist()]
+    assert len(model.notes) == 1
+    assert model.notes[0].startswith(
+        "exported without torch's own optimisation of the graph, which broke it: output 'output_0' at batch=2: the ONNX "
+        "model and the original differ by 2 "
+    )
+
+
+def test_an_exported_model_that_the_runtime_refuses_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, **options: Any) -> Any:
+        raise BuildError("model.onnx: no kernel")
+
+    monkeypatch.setitem(globals(), "open_model", refuse)
+    assert _case(tmp_path, _net("return self.fc(x)")).refused() == "the exported model: model.onnx: no kernel"
+
+    class Failing:
+        def run(self, feeds: Any) -> Any:
+            raise BuildError("model.onnx: out of memory")
+
+        def close(self) -> None: ...
+
+    monkeypatch.setitem(globals(), "open_model", lambda path, **options: Failing())
+    assert _case(tmp_path, _net("return self.fc(x)")).refused() == (
+        "the exported model at batch=2: model.onnx: out of memory"
+    )
+
+
 def test_a_model_that_fails_at_an_extreme_is_named_with_the_point(tmp_path: Path) -> None:
     """Torch traces it; the original itself refuses the maximum."""
     text = _net("assert torch.compiler.is_exporting() or len(x) < 5, 'too many'; return self.fc(x)")

@@ -175,7 +175,7 @@ class TestSchedule:
         machine = Machine()
         taken = run(two(machine, 30_000.0, 30_000.0), blocks=20)
         assert max(of(taken, "eager").block_of) == 4
-        assert taken.notes[0] == "batch 1: stopped after 5 of 20 blocks, at the limit of 120 s"
+        assert taken.notes[0] == "batch 1: stopped after 5 of 20 blocks, at the limit of 60 s"
         slow = run(two(Machine(), 2000.0, 2000.0), blocks=20)
         assert max(of(slow, "eager").block_of) + 1 == 120 // 18
 
