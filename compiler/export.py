@@ -729,11 +729,15 @@ def _points(axes: Mapping[str, DimRange]) -> list[dict[str, int]]:
 
 
 def _points_within_reach(recipe: Recipe, largest: int, notes: list[str]) -> list[dict[str, int]]:
-    """`_points`, less those where a tensor would exceed `MAX_POINT_ELEMENTS`; ``largest`` is the one at the optimum."""
+    """`_points`, less those where a tensor would exceed `MAX_POINT_ELEMENTS`; ``largest`` is the one at the optimum.
+
+    The minima are never left out.
+    """
     within = []
+    minima = {name: axis.min for name, axis in recipe.axes.items()}
     for sizes in _points(recipe.axes):
         needed = largest * _growth(recipe, sizes)
-        if needed <= MAX_POINT_ELEMENTS:
+        if needed <= MAX_POINT_ELEMENTS or sizes == minima:
             within.append(sizes)
         else:
             notes.append(

@@ -614,7 +614,7 @@ def test_where_the_exporters_optimiser_breaks_a_model_it_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planted: only an optimised export has a wrong bias."""
-    real = torch.onnx.export
+    real: Any = torch.onnx.export
 
     def tampered(*args: Any, **kwargs: Any) -> Any:
         program = real(*args, **kwargs)
@@ -682,6 +682,10 @@ def test_a_point_too_large_is_left_out_and_noted(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(export, "MAX_POINT_ELEMENTS", 14)
     model = _case(tmp_path, _net("return self.fc(x)")).export()
     assert model.notes == ("not compared at batch=5: a tensor would have about 1.5e+01 elements (limit 1.4e+01)",)
+    monkeypatch.setattr(export, "MAX_POINT_ELEMENTS", 0)
+    notes: list[str] = []
+    assert export._points_within_reach(_case(tmp_path).recipe, 6, notes) == [{"batch": 1}], "never nothing at all"
+    assert len(notes) == 2
 
 
 def test_weights_above_a_limit_go_to_a_file_of_their_own(tmp_path: Path) -> None:
