@@ -191,7 +191,8 @@ def open_original(recipe: Recipe, sources: Sources, *, compiled: bool, threads: 
         model_path = sources.model_path
         return _at("", lambda: open_model(model_path, threads=threads, optimize=False))  # type: ignore[no-any-return]
     runner = _TorchRunner(_load(recipe, sources, []), recipe, threads=threads)
-    runner.outputs = _output_specs(runner, recipe, first_samples(recipe, sources, 1))
+    samples = first_samples(recipe, sources, 1)
+    runner.outputs = _at("", lambda: _output_specs(runner, recipe, samples))
     if compiled:
         runner.compile()
     return runner
@@ -642,33 +643,25 @@ def _array(value: torch.Tensor) -> Array:
 
 
 def _output_specs(runner: Runner, recipe: Recipe, samples: Sequence[Feeds]) -> tuple[TensorSpec, ...]:
-    """Names, dtypes and shapes of the outputs, found by running at two sizes of every axis.
+    """Names, dtypes and shapes of the outputs, found by running at the optima and with each axis alone at another size.
 
-    A dim that follows an axis has its name; one that depends on the sizes in another way is ``"?"``.
+    A dim that follows one axis has its name; one that depends on the sizes in another way is ``"?"``.
     """
-    axes = recipe.axes
-    first = _example_sizes(recipe)
-    pairs = [
-        (first, _example_sizes(recipe, avoid=set(first.values()))),
-        ({name: axis.min for name, axis in axes.items()}, {name: axis.opt for name, axis in axes.items()}),
-    ]
-    for attempt, (small, large) in enumerate(pairs):
-        try:
-            a = runner.run(_feeds_at(recipe, samples, small))
-            b = runner.run(_feeds_at(recipe, samples, large))
-        except BuildError:
-            if attempt == len(pairs) - 1:
-                raise
+    optimum = {name: axis.opt for name, axis in recipe.axes.items()}
+    outputs = runner.run(_feeds_at(recipe, samples, optimum))
+    shapes: dict[str, list[int | str]] = {name: list(value.shape) for name, value in outputs.items()}
+    for axis, sizes in recipe.axes.items():
+        other = sizes.min if sizes.min < sizes.opt else sizes.max
+        if other == sizes.opt:
             continue
-        break
-    specs = []
-    for name, value in a.items():
-        shape = tuple(
-            next((axis for axis in axes if (x, y) == (small[axis], large[axis])), x if x == y else "?")
-            for x, y in zip(value.shape, b[name].shape, strict=True)
-        )
-        specs.append(TensorSpec(name=name, dtype=value.dtype.name, shape=shape))
-    return tuple(specs)
+        for name, value in runner.run(_feeds_at(recipe, samples, optimum | {axis: other})).items():
+            for place, (before, after) in enumerate(zip(outputs[name].shape, value.shape, strict=True)):
+                if before != after:
+                    follows = (before, after) == (sizes.opt, other) and shapes[name][place] == before
+                    shapes[name][place] = axis if follows else "?"
+    return tuple(
+        TensorSpec(name=name, dtype=value.dtype.name, shape=tuple(shapes[name])) for name, value in outputs.items()
+    )
 
 
 class _LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's own hook
@@ -757,12 +750,12 @@ def _growth(recipe: Recipe, sizes: _Sizes) -> float:
     return math.prod((size / recipe.axes[name].opt) ** (1 if name == batch else 2) for name, size in sizes.items())
 
 
-def _example_sizes(recipe: Recipe, avoid: set[int] | None = None) -> dict[str, int]:
+def _example_sizes(recipe: Recipe) -> dict[str, int]:
     """Sizes to trace with: 2 or more, each another prime where the range has one, none a fixed dim of an input.
 
     Sizes 0 and 1 are special to torch and become constants; equal sizes may become one axis.
     """
-    taken = (avoid or set()) | {dim for spec in recipe.inputs for dim in spec.shape if isinstance(dim, int)}
+    taken = {dim for spec in recipe.inputs for dim in spec.shape if isinstance(dim, int)}
     sizes = {}
     for name, axis in recipe.axes.items():
         span = range(max(axis.min, 2), axis.max + 1)
@@ -870,7 +863,7 @@ def _trace(
                 notes.append("the exporter did not take the axes' ranges; it took their names")
             return program.model
     assert failure is not None
-    raise ExportError(_explain(failure, original, recipe, opset)) from failure
+    raise ExportError(_explain(failure, original, opset)) from failure
 
 
 def _check_interface(program: Any, original: _Original, recipe: Recipe) -> None:
@@ -907,7 +900,7 @@ def _check_interface(program: Any, original: _Original, recipe: Recipe) -> None:
                 )
 
 
-def _explain(exc: Exception, original: _Original, recipe: Recipe, opset: int) -> str:
+def _explain(exc: Exception, original: _Original, opset: int) -> str:
     """An exporter's exception in one sentence: the user's line where torch knows it, the reason, what to do."""
     chain: list[BaseException] = []
     current: BaseException | None = exc
@@ -934,14 +927,6 @@ def _explain(exc: Exception, original: _Original, recipe: Recipe, opset: int) ->
             f"{place}: forward() branches on the values of a tensor, or makes a Python number of them; an export follows "
             "one path for all inputs. Use torch.where, or torch.cond for two whole branches."
         )
-    if fixed := re.search(
-        r"inferred a static shape of (\d+) for dimension inputs\['tensors'\]\[(\d+)\].shape\[(\d+)\]", text
-    ):
-        spec = recipe.inputs[int(fixed[2])]
-        return (
-            f"{place}: axis '{spec.shape[int(fixed[3])]}' of '{spec.name}' is fixed to {fixed[1]}; other sizes were "
-            "expected. Look in forward() for Python code that reads the size, and write it with tensor operations."
-        )
     root = chain[-1]
     return (
         f"{place}: torch cannot export forward(): {type(root).__name__}: {_first_line(root)}. Rewrite that part of the "
@@ -967,12 +952,6 @@ def _tidy(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> Non
     so that ``keep = ["layer1.*"]`` means what it says; stack traces go.
     """
     graph = model.graph
-    for index, value in enumerate(graph.outputs):
-        if value in (*graph.inputs, *graph.outputs[:index]):
-            copy = ir.Node("", "Identity", [value])
-            copy.outputs[0].shape, copy.outputs[0].type = value.shape, value.type
-            graph.append(copy)
-            graph.outputs[index] = copy.outputs[0]
     public = dict(zip((*graph.inputs, *graph.outputs), (*inputs, *outputs), strict=True))
     nodes = list(graph.all_nodes())
     private = [value for node in nodes for value in node.outputs] + list(graph.initializers.values())

@@ -633,6 +633,21 @@ def test_where_the_exporters_optimiser_breaks_a_model_it_is_left_out(
     )
 
 
+def test_where_the_exporter_refuses_ranges_it_gets_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: it takes no `Dim`."""
+    real: Any = torch.onnx.export
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        if kwargs["dynamic_shapes"] != (({0: "batch"},),):
+            raise ValueError("Constraints violated (batch)!")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch.onnx, "export", refuse)
+    model = _case(tmp_path, _net("return self.fc(x)")).export()
+    assert model.outputs[0].shape == ("batch", 2)
+    assert model.notes == ("the exporter did not take the axes' ranges; it took their names",)
+
+
 def test_an_exported_model_that_the_runtime_refuses_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -667,6 +682,13 @@ def test_a_model_that_is_not_repeatable_is_refused(tmp_path: Path) -> None:
     assert message.startswith("output 'output_0' at batch=2: two runs of the original on the same input differ by ")
     assert message.endswith(
         ". Remove what is random in forward() (torch.rand, or F.dropout without training=self.training)."
+    )
+
+
+def test_a_model_that_repeats_within_tolerance_is_noted(tmp_path: Path) -> None:
+    text = _net("self.calls += 1e-5; return self.fc(x) + self.calls", "self.calls = 0.0")
+    assert _case(tmp_path, text).export().notes == (
+        "output 'output_0': two runs of the original differ in the last bits",
     )
 
 
@@ -717,7 +739,10 @@ def calibration():
         yield {"x": row}
 """
     axes = "batch = { min = 1, opt = 2, max = 5 }\nwide = { min = 4, opt = 8, max = 16 }"
-    model = _case(tmp_path, text, inputs='x = { shape = ["batch", "wide"] }', axes=axes).export()
+    case = _case(tmp_path, text, inputs='x = { shape = ["batch", "wide"] }', axes=axes)
+    runner = export.open_original(case.recipe, case.sources, compiled=False, threads=1, open_model=open_model)
+    assert [spec.shape for spec in runner.outputs] == [("batch", "?")]
+    model = case.export()
     assert open_model(model.path).run({"x": np.ones((3, 12), np.float32)})["output_0"].tolist() == [[4.0] * 3] * 3
 
 
@@ -761,7 +786,10 @@ def test_a_saved_program_is_exported_with_its_inputs_by_name(tmp_path: Path) -> 
     assert case.refused() == "m.pt2: inputs x, scale; found x in the recipe. Add what is missing to [model.inputs]."
 
 
-def test_a_program_that_is_none_or_holds_pickled_code_is_refused(tmp_path: Path) -> None:
+def test_a_program_that_is_none_or_holds_pickled_code_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
     (tmp_path / "m.pt2").write_bytes(b"garbage")
     inputs = 'scale = { shape = ["batch"] }\nx = { shape = ["batch", 3] }'
     case = _case(tmp_path, PROGRAM_DATA, name="m.pt2", inputs=inputs)
@@ -782,7 +810,7 @@ def test_a_program_that_is_none_or_holds_pickled_code_is_refused(tmp_path: Path)
         "Save it again with this version of torch."
     )
     assert not (tmp_path / "marker").exists()
-    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+    assert os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] == "0", "as it was"
 
 
 def _onnx(folder: Path, *, weight: Any = WEIGHT.T, batch: Any = "N", dtype: int = 1) -> None:
@@ -926,6 +954,25 @@ def test_weights_that_a_hugging_face_model_lacks_are_not_made_up(tmp_path: Path)
     assert message.endswith(". Check the folder or id, [model] task, and that remote code is not needed.")
 
 
+def test_an_id_is_loaded_at_its_revision_without_remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    seen: list[Any] = []
+
+    def load(where: str, **options: Any) -> Any:
+        seen.append((where, options))
+        raise OSError("no network.\nmore")
+
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", load)
+    case = _case(tmp_path, HF_DATA, name="hf:org/bert", inputs=HF_INPUTS, axes=HF_AXES, more='revision = "v2"')
+    assert case.refused() == (
+        "hf:org/bert: cannot be loaded as AutoModel: no network. Check the folder or id, [model] task, and that remote "
+        "code is not needed."
+    )
+    options = {"trust_remote_code": False, "local_files_only": False, "output_loading_info": True, "revision": "v2"}
+    assert seen == [("org/bert", options)]
+
+
 def test_a_missing_extra_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "bert").mkdir()
     monkeypatch.setitem(sys.modules, "transformers", None)
@@ -970,6 +1017,15 @@ def test_feeds_that_do_not_fit_the_original_are_refused(tmp_path: Path, feeds: A
     with pytest.raises(BuildError) as caught:
         runner.run(feeds)
     assert caught.value.message == message
+
+
+def test_an_original_that_takes_no_sizes_at_all_cannot_be_opened(tmp_path: Path) -> None:
+    case = _case(tmp_path, _net("raise ValueError('never')"))
+    with pytest.raises(ExportError) as caught:
+        export.open_original(case.recipe, case.sources, compiled=False, threads=1, open_model=open_model)
+    assert caught.value.message == (
+        f"m.py:{LINE}: forward() raised ValueError: never. Fix the file; the full traceback is in the log."
+    )
 
 
 def test_a_compiled_original_gives_the_same_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,12 @@ def test_packages_count_by_version_and_the_standard_library_not_at_all(tmp_path:
     assert found["package not_there_xyz"] == "absent"
     _write(tmp_path / "m.py", "from compiler.metrics import top1")
     assert set(_fingerprint(tmp_path)) == {"file m.py", "package build-engine"}
+
+
+def test_a_module_made_by_hand_is_no_stumbling_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "handmade_z", types.ModuleType("handmade_z"))
+    _write(tmp_path / "m.py", "import handmade_z")
+    assert _fingerprint(tmp_path)["package handmade_z"] == "absent"
 
 
 def test_a_file_that_is_not_python_is_still_hashed(tmp_path: Path) -> None:
