@@ -14,8 +14,8 @@ in half, except where that would change more than the last digits:
   flow and what it encloses.
 
 Masks would make islands of all attention: -3.4e38 fits no FP16. Where such a constant can only reach a Softmax, by ways
-that leave it a mask, it becomes a few ten thousand below zero (FP16): the exponential of either is exactly 0. (Of a row that is masked altogether,
-the result may differ; it is noise in the original, too.) An infinity stays what it is.
+that leave it a mask, it becomes -30000 (in BF16 -1e30): the exponential of either is exactly 0. (Of a row that is masked
+altogether, the result may differ; it is noise in the original, too.) An infinity stays what it is.
 
 Why no list of operators that may be half: the schemas say it, for each parameter of each operator at each opset.
 """
@@ -195,14 +195,12 @@ def _holds_sequences(graph: ir.Graph) -> bool:
 
 
 def _raise_opset(model: ir.Model) -> list[str]:
-    """Declare the first opset that defines BF16 convolutions and pools, where that changes no operator's meaning.
+    """Declare the first opset that defines BF16 convolutions and pools.
 
-    From 20 to 22 only GroupNormalization got another: one scale per channel, which was one per group.
+    From 20 to 22 no operator changed its meaning but GroupNormalization, and up to 20 that is refused as deprecated.
     """
     opset = model.opset_imports.get("", 0)
     if not OLDEST_RAISED <= opset < BF16_OPSET or model.functions:
-        return []
-    if opset < 21 and any(node.op_type == "GroupNormalization" for node in model.graph.all_nodes()):
         return []
     model.opset_imports[""] = BF16_OPSET
     return [f"opset raised from {opset} to {BF16_OPSET}, the first that defines all common operators for BF16"]
@@ -544,13 +542,14 @@ def _rewrite(graph: ir.Graph, half: Mapping[ir.Node, _Form], number: _Format, na
             filler = _filler(node)
             stored = number.round(np.zeros(1, np.float32) if filler is None else filler)
             node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(stored))
+    narrowed: dict[ir.Value, ir.Value] = {}
     for value in values:
         if value in made:
             _widen(graph, value, others.get(value, ()), number, names)
         elif value in wanted and placement.is_constant(value):
             _store_half(graph, value, wanted[value], number, names)
         elif value in wanted:
-            _narrow(graph, value, wanted[value], number, names)
+            _narrow(graph, value, wanted[value], narrowed, number, names)
     _drop_casts(graph)
 
 
@@ -574,22 +573,29 @@ def _widen(graph: ir.Graph, value: ir.Value, readers: Iterable[Edge], number: _F
     graph.insert_after(producer, _cast(value, wide, names))
 
 
-def _narrow(graph: ir.Graph, value: ir.Value, readers: Sequence[Edge], number: _Format, names: _Names) -> None:
+def _narrow(
+    graph: ir.Graph,
+    value: ir.Value,
+    readers: Sequence[Edge],
+    narrowed: dict[ir.Value, ir.Value],
+    number: _Format,
+    names: _Names,
+) -> None:
     """``value`` is FP32; let ``readers`` read it cast, from what it was itself cast from, if so."""
-    producer = value.producer()
-    source = value
-    if producer is not None and producer.op_type == "Cast" and producer.domain == "" and producer.inputs[0] is not None:
-        source = producer.inputs[0]
-    if source.dtype != number.dtype:
-        narrow = _like(value, names.free(f"{value.name}_{number.precision.value}"), number.dtype)
-        cast = _cast(source, narrow, names)
-        if producer is None:
+    maker = value.producer()
+    source = maker.inputs[0] if maker is not None and maker.op_type == "Cast" and maker.domain == "" else value
+    assert source is not None, "a cast has an input"
+    if source.dtype == number.dtype:
+        narrowed[source] = source
+    elif source not in narrowed:
+        narrowed[source] = _like(source, names.free(f"{source.name}_{number.precision.value}"), number.dtype)
+        cast, maker = _cast(source, narrowed[source], names), source.producer()
+        if maker is None:
             graph.insert_before(graph[0], cast)
         else:
-            graph.insert_after(producer, cast)
-        source = narrow
+            graph.insert_after(maker, cast)
     for node, index in readers:
-        node.replace_input_with(index, source)
+        node.replace_input_with(index, narrowed[source])
 
 
 def _store_half(graph: ir.Graph, value: ir.Value, readers: Sequence[Edge], number: _Format, names: _Names) -> None:
