@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -13,8 +12,8 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from compiler import onnx_files
 from compiler.errors import CalibrationError
-from compiler.quantize import fidelity, half, placement, qdq
-from compiler.quantize.observe import Observed, chosen, load, observe
+from compiler.quantize import fidelity, half, placement, qdq, smooth
+from compiler.quantize.observe import Observed, TensorStatistics, chosen, load, observe
 from compiler.quantize.thresholds import holds_mask
 from compiler.recipe import EngineSection, QuantizeSection
 from compiler.spec import (
@@ -60,8 +59,8 @@ def quantize(
     seen_as: Mapping[str, str] = {}
     least_db = -math.inf
     if engine.precision is Precision.INT8:
-        rounded = _to_int8(network, engine, section, observed)
-        notes, seen_as, least_db = list(rounded.notes), rounded.seen_as, section.min_sqnr_db
+        notes, seen_as, observed = _to_int8(network, engine, section, observed)
+        least_db = section.min_sqnr_db
     else:
         notes = half.convert(network, to=engine.precision, statistics=observed, keep=engine.keep)
     _, external = onnx_files.write(network, path)
@@ -83,8 +82,7 @@ def quantize(
         )
     if engine.precision is Precision.INT8 and engine.rest != "fp32":
         # After the check: what it would find then is the rest's rounding too, and BF16 does not run here.
-        known = {**observed, **{name: observed[source] for name, source in rounded.source.items()}}
-        notes += half.convert(network, to=Precision(engine.rest), statistics=known, keep=())
+        notes += half.convert(network, to=Precision(engine.rest), statistics=observed, keep=())
         for file in external:
             file.unlink()
         onnx_files.write(network, path)
@@ -97,9 +95,15 @@ def quantize(
     )
 
 
-def _to_int8(network: ir.Model, engine: EngineSection, section: QuantizeSection, observed: Observed) -> qdq.Rounded:
-    """Round ``network`` in place."""
-    graph = network.graph
+def _to_int8(
+    network: ir.Model, engine: EngineSection, section: QuantizeSection, observed: Observed
+) -> tuple[list[str], Mapping[str, str], Observed]:
+    """Round ``network`` in place.
+
+    Returns:
+        Notes; by rounded activation the tensor in which it is read; and ``observed`` with the tensors that were added.
+    """
+    graph, rest = network.graph, engine.rest.upper()
     LiftConstantsToInitializersPass(lift_all_constants=True)(network)
     keep = placement.match(graph, (*section.keep, *engine.keep))
     masked = frozenset(name for name, found in observed.items() if found.bins is not None and holds_mask(found))
@@ -111,16 +115,27 @@ def _to_int8(network: ir.Model, engine: EngineSection, section: QuantizeSection,
             "Conv, ConvTranspose, Gemm or MatMul with a constant weight, not kept by engines.keep or quantize.keep, was "
             "expected. Keep fewer layers, or build another precision."
         )
-    notes = [
-        f"INT8: {len(placed.nodes)} of {len(everything.nodes)} layers with constant weights and "
-        f"{len(placed.activations)} activations ({section.method}); the rest stays {engine.rest.upper()}"
-    ]
+    smoothed = smooth.smooth(graph, placed, observed)
+    if smoothed.peaks:
+        placed = placement.place(graph, keep=keep, barred=masked)
+    count = f"{len(placed.nodes)} of {len(everything.nodes)} layers with constant weights and "
+    notes = [f"INT8: {count}{len(placed.activations)} activations ({section.method}); the rest stays {rest}"]
+    if smoothed.gains_db:
+        low, high = min(smoothed.gains_db), max(smoothed.gains_db)
+        notes.append(
+            f"{len(smoothed.gains_db)} activations with outlying channels are smoothed (their whole range is kept): "
+            f"{low:.0f} to {high:.0f} dB less error expected"
+        )
     products = sum(node.op_type == "MatMul" and node.domain == "" for node in graph)
     products -= sum(node.op_type == "MatMul" for node in everything.nodes)
     if products:
-        notes.append(f"{products} products of two activations stay {engine.rest.upper()}")
-    for name in sorted(masked & {str(value.name) for value in everything.activations}):
-        notes.append(f"tensor '{name}' holds mask values ({observed[name].low:.3g}): what reads it is not rounded")
-    scale_of = qdq.scales(placed, observed, method=section.method, percentile=section.percentile)
+        notes.append(f"{products} products of two activations stay {rest}")
+    notes += [
+        f"tensor '{name}' holds mask values ({observed[name].low:.3g}): what reads it is not rounded"
+        for name in sorted(masked & {str(value.name) for value in everything.activations})
+    ]
+    scale_of = qdq.scales(placed, observed, method=section.method, percentile=section.percentile, peaks=smoothed.peaks)
     rounded = qdq.insert(network, placed, scale_of)
-    return replace(rounded, notes=(*notes, *rounded.notes))
+    known = {**observed, **{name: TensorStatistics(low=-peak, high=peak) for name, peak in smoothed.peaks.items()}}
+    known |= {name: known[source] for name, source in rounded.source.items()}
+    return [*notes, *rounded.notes], rounded.seen_as, known

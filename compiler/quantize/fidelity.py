@@ -155,7 +155,8 @@ def _suspects(
         for network in networks
     ]
     products = [node.outputs[0].name for node in networks[0].graph if node.op_type in _MAKERS]
-    pairs = {str(name): str(name) for name in products if name in values[1]} | dict(seen_as)
+    pairs = {str(name): str(name) for name in products if name in values[1]}
+    pairs |= {name: seen for name, seen in seen_as.items() if name in values[0]}
     files = []
     for network, known, names, label in zip(networks, values, (pairs, pairs.values()), ("fp32", "int8"), strict=True):
         for name in dict.fromkeys(names):

@@ -13,6 +13,7 @@ reduced inside the graph: they tell what FP16 can hold.
 from __future__ import annotations
 
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,8 +57,22 @@ _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class Channels:
+    """What is known of each place of a tensor's last axis, over all rows that end in it."""
+
+    peaks: Array
+    """float32 [K]: the largest magnitude."""
+    squares: Array
+    """float64 [K]: the sum of squares."""
+
+    def __add__(self, other: Channels) -> Channels:
+        return Channels(peaks=np.maximum(self.peaks, other.peaks), squares=self.squares + other.squares)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class TensorStatistics:
-    """What is known of one tensor over all samples. Two of them add up exactly, in any order.
+    """What is known of one tensor over all samples. Two of them add up exactly, in any order; sums of squares to the
+    last digit of a double.
 
     ``low`` and ``high`` are the extremes, in the tensor's own units: of the finite values where there are ``bins``, and
     otherwise as the runtime reduces them: infinite where the tensor holds an infinity (a mask), NaN ignored. Of a
@@ -71,6 +86,8 @@ class TensorStatistics:
     inf: int = 0
     bins: Array | None = None
     """int64 [`BINS`]: how many values have each magnitude; see `edges`."""
+    channels: Channels | None = None
+    """Of what a matrix product reads."""
 
     def __add__(self, other: TensorStatistics) -> TensorStatistics:
         assert (self.bins is None) == (other.bins is None), "statistics of one kind"
@@ -81,6 +98,7 @@ class TensorStatistics:
             nan=self.nan + other.nan,
             inf=self.inf + other.inf,
             bins=None if self.bins is None or other.bins is None else self.bins + other.bins,
+            channels=None if self.channels is None or other.channels is None else self.channels + other.channels,
         )
 
     @property
@@ -102,14 +120,14 @@ def edges() -> Array:
     return (np.arange(FINITE_BINS + 1, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
-def measure(tensor: Array) -> TensorStatistics:
-    """Statistics, with bins, of one array of any shape.
+def measure(tensor: Array, *, by_channel: bool = False) -> TensorStatistics:
+    """Statistics, with bins, of one array of any shape; with ``channels`` on request.
 
-    >>> found = measure(np.array([-3.0, 0.0, 1.0, 1.001]))
+    >>> found = measure(np.array([-3.0, 0.0, 1.0, 1.001, 1.5]))
     >>> found.low, found.high, found.peak, found.count
-    (-3.0, 1.00100004196167, 3.0, 4)
-    >>> np.flatnonzero(found.bins) == [0, 0x3F80, 0x4040]
-    array([ True,  True,  True])
+    (-3.0, 1.5, 3.0, 5)
+    >>> [(float(edges()[bin]), int(found.bins[bin])) for bin in np.flatnonzero(found.bins)]
+    [(0.0, 1), (1.0, 2), (1.5, 1), (3.0, 1)]
     """
     values = np.ascontiguousarray(tensor, np.float32).reshape(-1)
     upper_halves = values.view(np.uint16)[1 if sys.byteorder == "little" else 0 :: 2]
@@ -117,6 +135,13 @@ def measure(tensor: Array) -> TensorStatistics:
     for start in range(0, upper_halves.size, _CHUNK):
         signed += np.bincount(upper_halves[start : start + _CHUNK], minlength=2 * BINS)
     bins = signed[:BINS] + signed[BINS:]
+    channels = None
+    if by_channel:
+        rows = values.reshape(-1, tensor.shape[-1])
+        channels = Channels(
+            peaks=np.maximum(rows.max(axis=0, initial=0), -rows.min(axis=0, initial=0)),
+            squares=np.einsum("ij,ij->j", rows, rows, dtype=np.float64),
+        )
     nan = inf = 0
     if bins[FINITE_BINS:].any():
         nan, inf = int(np.isnan(values).sum()), int(np.isinf(values).sum())
@@ -128,6 +153,7 @@ def measure(tensor: Array) -> TensorStatistics:
         nan=nan,
         inf=inf,
         bins=bins,
+        channels=channels,
     )
 
 
@@ -210,23 +236,20 @@ def load(path: Path) -> Observed:
         CalibrationError: the file is missing, damaged, or something else.
     """
     try:
-        with np.load(path) as file:
-            stored = {name: file[name] for name in file.files}
-        first, last = stored["first"], np.cumsum(stored["width"])
-        observed = {}
-        for row, name in enumerate(stored["name"].tolist()):
-            bins = None
-            if stored["counted"][row]:
-                bins = np.zeros(BINS, np.int64)
-                width = stored["width"][row]
-                bins[first[row] : first[row] + width] = stored["bins"][last[row] - width : last[row]]
-            observed[name] = TensorStatistics(
-                low=float(stored["low"][row]),
-                high=float(stored["high"][row]),
-                count=int(stored["count"][row]),
-                bins=bins,
-            )
-    except (OSError, ValueError, KeyError, IndexError) as exc:
+        with np.load(path) as stored:
+            table = zip(*(stored[key].tolist() for key in ("name", "low", "high", "count", "first")), strict=True)
+            observed = {}
+            for row, (name, low, high, count, first) in enumerate(table):
+                bins = None
+                if first >= 0:
+                    bins = np.zeros(BINS, np.int64)
+                    counted = stored[f"{row}.bins"]
+                    bins[first : first + counted.size] = counted
+                channels = None
+                if f"{row}.peaks" in stored:
+                    channels = Channels(peaks=stored[f"{row}.peaks"], squares=stored[f"{row}.squares"])
+                observed[name] = TensorStatistics(low=low, high=high, count=count, bins=bins, channels=channels)
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as exc:
         raise CalibrationError(
             f"{path}: not the statistics of a calibration; what 'observe' writes was expected. "
             "Run again without the cache: --no-cache."
@@ -238,19 +261,24 @@ def _save(path: Path, observed: Observed) -> None:
     """Equal statistics become equal bytes. Bins are stored from the first to the last that counted something."""
     names = sorted(observed)
     rows = [observed[name] for name in names]
-    used = [np.flatnonzero(row.bins) if row.bins is not None else np.zeros(0, np.int64) for row in rows]
-    parts = [row.bins[u[0] : u[-1] + 1] for row, u in zip(rows, used, strict=True) if row.bins is not None and u.size]
-    np.savez(
-        path,
-        name=np.array(names, dtype=str),
-        low=np.array([row.low for row in rows], np.float64),
-        high=np.array([row.high for row in rows], np.float64),
-        count=np.array([row.count for row in rows], np.int64),
-        counted=np.array([row.bins is not None for row in rows], bool),
-        first=np.array([u[0] if u.size else 0 for u in used], np.int64),
-        width=np.array([u[-1] - u[0] + 1 if u.size else 0 for u in used], np.int64),
-        bins=np.concatenate(parts) if parts else np.zeros(0, np.int64),
-    )
+    first = [-1] * len(rows)
+    arrays: dict[str, Array] = {}
+    for row, statistics in enumerate(rows):
+        if statistics.bins is not None:
+            used = np.flatnonzero(statistics.bins)
+            first[row] = int(used[0]) if used.size else 0
+            arrays[f"{row}.bins"] = statistics.bins[first[row] : used[-1] + 1 if used.size else 0]
+        if statistics.channels is not None:
+            arrays[f"{row}.peaks"] = statistics.channels.peaks
+            arrays[f"{row}.squares"] = statistics.channels.squares
+    arrays |= {
+        "name": np.array(names, dtype=str),
+        "low": np.array([statistics.low for statistics in rows], np.float64),
+        "high": np.array([statistics.high for statistics in rows], np.float64),
+        "count": np.array([statistics.count for statistics in rows], np.int64),
+        "first": np.array(first, np.int64),
+    }
+    np.savez(path, allow_pickle=False, **arrays)
 
 
 # --- what the model computes ----------------------------------------------------------------------------------------
@@ -266,7 +294,9 @@ class _Sight:
     inputs: tuple[str, ...]
     """Float inputs that are not counted: their extremes are taken from the feeds."""
     outputs: tuple[str, ...]
-    channels: tuple[str, ...]
+    products: frozenset[str]
+    """Counted tensors that matrix products read, whose last axis is summed over."""
+    convolved: tuple[str, ...]
     """Counted tensors whose axis 1 is made by one output channel of a convolution each."""
 
 
@@ -275,7 +305,7 @@ def _expose(network: ir.Model, placed: placement.Placement) -> _Sight:
     graph = network.graph
     own = tuple(graph.outputs)
     # Asked before anything is added: what more is read of a convolution hides the Relu that is fused to it.
-    channels = tuple(str(placement.fused_output(node).name) for node in placed.nodes if node.op_type == "Conv")
+    convolved = tuple(str(placement.fused_output(node).name) for node in placed.nodes if node.op_type == "Conv")
     if any(output.dtype is None for node in graph for output in node.outputs):
         ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(network)
     counted = placed.activations
@@ -298,7 +328,12 @@ def _expose(network: ir.Model, placed: placement.Placement) -> _Sight:
             if value.dtype == ir.DataType.FLOAT and value not in placed.root and not value.is_initializer()
         ),
         outputs=tuple(str(value.name) for value in own if value.dtype == ir.DataType.FLOAT),
-        channels=channels,
+        products=frozenset(
+            str(node.inputs[0].name)
+            for node in placed.nodes
+            if placement.input_rows(node) is not None and node.inputs[0] is not None
+        ),
+        convolved=convolved,
     )
 
 
@@ -321,7 +356,7 @@ class _Gathered:
     def add(self, seen: Feeds) -> str | None:
         """The name of a tensor that must be finite and is not, in which case nothing more is gathered."""
         for name in self._sight.counted:
-            found = measure(seen[name])
+            found = measure(seen[name], by_channel=name in self._sight.products)
             if found.nan or found.inf:
                 return name
             self._merge(name, found)
@@ -331,7 +366,7 @@ class _Gathered:
             self._merge(name, TensorStatistics(low=low, high=high))
         for name, (lowest, highest) in self._sight.reduced.items():
             self._merge(name, TensorStatistics(low=float(seen[lowest]), high=float(seen[highest])))
-        for name in self._sight.channels:
+        for name in self._sight.convolved:
             self._compare_channels(name, seen[name])
         return next((name for name in self._sight.outputs if np.isnan(seen[name]).any()), None)
 

@@ -120,6 +120,14 @@ def weight_axis(edge: Edge) -> int | None:
     return 1 if rank == 2 else None
 
 
+def input_rows(node: ir.Node) -> Array | None:
+    """The constant matrix of a product, one row for each channel of its activation's last axis; None if it has none."""
+    weight = constant(node.inputs[1]) if node.op_type in PRODUCTS else None
+    if weight is None or weight.ndim != 2 or _integer(node, "transA"):
+        return None
+    return weight.T if node.op_type == "Gemm" and _integer(node, "transB") else weight
+
+
 def check_weights(placement: Placement) -> None:
     """
     Raises:

@@ -38,8 +38,13 @@ class Rounded:
     notes: tuple[str, ...]
 
 
-def scales(placed: Placement, observed: Observed, *, method: str, percentile: float) -> dict[str, np.float32]:
+def scales(
+    placed: Placement, observed: Observed, *, method: str, percentile: float, peaks: Mapping[str, float] | None = None
+) -> dict[str, np.float32]:
     """The scale of every activation that is to be rounded, by name.
+
+    Args:
+        peaks: activations whose whole range is taken: they were made here, and only their largest magnitude is known.
 
     Raises:
         CalibrationError: one of them was not observed.
@@ -48,7 +53,9 @@ def scales(placed: Placement, observed: Observed, *, method: str, percentile: fl
     found = {}
     for value in placed.activations:
         root = str(placed.root[value].name)
-        if root not in by_root:
+        if peaks and root in peaks:
+            by_root[root] = thresholds.scale_of(peaks[root])
+        elif root not in by_root:
             statistics = observed.get(root)
             if statistics is None or statistics.bins is None:
                 raise CalibrationError(
@@ -96,8 +103,8 @@ def round_weight(
     that, a runtime that holds biases in INT32 clips the bias, while what such weights add to it is lost either way.
 
     >>> q, scale, zeros = round_weight(np.array([[1.27, -0.5], [0.0, 0.0]], np.float32), 0)
-    >>> q.tolist(), scale.round(4).tolist(), zeros
-    ([[127, -50], [0, 0]], [0.01, 0.01], 1)
+    >>> q.tolist(), [f"{x:.2f}" for x in scale], zeros
+    ([[127, -50], [0, 0]], ['0.01', '0.01'], 1)
     """
     others = tuple(i for i in range(weight.ndim) if i != axis) if axis is not None else None
     peak = np.abs(weight).max(axis=others)

@@ -42,6 +42,14 @@ def scale(statistics: TensorStatistics, *, method: str, percentile: float) -> np
         threshold = entropy(statistics)
     else:
         threshold = mse(statistics)
+    return scale_of(threshold)
+
+
+def scale_of(threshold: float) -> np.float32:
+    """
+    >>> float(scale_of(127.0)), float(scale_of(0.0)) == float(SMALLEST_SCALE)
+    (1.0, True)
+    """
     return max(np.float32(threshold / LEVELS), SMALLEST_SCALE)
 
 
