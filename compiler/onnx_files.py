@@ -7,6 +7,7 @@ to local functions that expand to millions of nodes, on which every consumer of 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -45,8 +46,11 @@ def read(path: Path) -> ir.Model:
             f"{path}: {len(proto.graph.sparse_initializer)} sparse initialisers; dense ones were expected. "
             "Export it again with dense weights."
         )
-    for name, tensor in _external_tensors(proto):
-        _check_external(path, name, tensor)
+    for tensor in _tensors(proto):
+        if _is_external(tensor):
+            _check_external(path, tensor)
+        else:
+            _check_size(path, tensor)
     expanded = _expanded_nodes(path, proto)
     if expanded > MAX_EXPANDED_NODES:
         raise ExportError(
@@ -104,7 +108,7 @@ def sha256_of(path: Path, external_data: Sequence[Path] = ()) -> str:
 def external_files(path: Path) -> tuple[Path, ...]:
     """The files beside ``path`` that hold its tensors, sorted; whether they are safe to open is for `read` to say."""
     proto = onnx.ModelProto.FromString(path.read_bytes())
-    locations = {_external_entries(tensor).get("location", "") for _, tensor in _external_tensors(proto)}
+    locations = {_external_entries(tensor).get("location", "") for tensor in _tensors(proto) if _is_external(tensor)}
     return tuple(path.parent / location for location in sorted(locations))
 
 
@@ -170,39 +174,59 @@ def _first_line(exc: Exception) -> str:
     return text.splitlines()[0].rstrip(".")
 
 
-# --- external data --------------------------------------------------------------------------------------------------
+# --- tensors --------------------------------------------------------------------------------------------------------
 
 
-def _external_tensors(proto: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorProto]]:
-    """Every tensor of the file that claims external data, wherever it hides, with the name to complain about."""
+def _tensors(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor of the file, wherever it hides."""
     graphs = [proto.graph]
     nodes = [node for function in proto.functions for node in function.node]
     while graphs or nodes:
-        tensors: list[onnx.TensorProto] = []
         if graphs:
             graph = graphs.pop()
             nodes.extend(graph.node)
-            tensors += graph.initializer
-            tensors += (part for sparse in graph.sparse_initializer for part in (sparse.values, sparse.indices))
-        else:
-            for attribute in nodes.pop().attribute:
-                graphs += (attribute.g, *attribute.graphs) if attribute.HasField("g") else attribute.graphs
-                tensors += (attribute.t, *attribute.tensors)
-                for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-                    tensors += (sparse.values, sparse.indices)
-        for tensor in tensors:
-            if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
-                yield tensor.name, tensor
+            yield from graph.initializer
+            continue
+        for attribute in nodes.pop().attribute:
+            graphs += [attribute.g] if attribute.HasField("g") else []
+            graphs += attribute.graphs
+            if attribute.HasField("t"):
+                yield attribute.t
+            yield from attribute.tensors
+            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                yield from (part for part in (sparse.values, sparse.indices) if part.data_type)
+
+
+def _is_external(tensor: onnx.TensorProto) -> bool:
+    return tensor.data_location == onnx.TensorProto.EXTERNAL or len(tensor.external_data) > 0
+
+
+def _check_size(path: Path, tensor: onnx.TensorProto) -> None:
+    """Refuse a tensor that holds more numbers than its shape says; the checker refuses those that hold fewer."""
+    dtype = ir.DataType(tensor.data_type)
+    elements = math.prod(tensor.dims)
+    if tensor.HasField("raw_data"):
+        unit, found, needed = "bytes", len(tensor.raw_data), (elements * dtype.bitwidth + 7) // 8
+    else:
+        parts = 2 if dtype in (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128) else 1
+        packed = 1 if dtype == ir.DataType.STRING or dtype.bitwidth >= 8 else 8 // dtype.bitwidth
+        unit, found = "numbers", len(getattr(tensor, onnx.helper.tensor_dtype_to_field(tensor.data_type)))
+        needed = -(-elements * parts // packed)
+    if found != needed:
+        raise ExportError(
+            f"{path}: tensor '{tensor.name}': {found} {unit} for the shape {list(tensor.dims)}; {needed} were expected. "
+            "Export it again."
+        )
 
 
 def _external_entries(tensor: onnx.TensorProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in tensor.external_data}
 
 
-def _check_external(path: Path, name: str, tensor: onnx.TensorProto) -> None:
+def _check_external(path: Path, tensor: onnx.TensorProto) -> None:
     """Refuse what the checker lets pass: see `read`."""
     entries = _external_entries(tensor)
-    where = f"{path}: tensor '{name}'"
+    where = f"{path}: tensor '{tensor.name}'"
 
     def refuse(found: str) -> ExportError:
         return ExportError(f"{where}: {found}; a plain file in the model's own folder was expected. Export it again.")
@@ -221,10 +245,7 @@ def _check_external(path: Path, name: str, tensor: onnx.TensorProto) -> None:
     numbers = [entries.get("offset", "0"), entries.get("length", "0")]
     if not all(number.isdecimal() and len(number) < 16 for number in numbers):
         raise refuse(f"external data with offset {numbers[0][:20]!r} and length {numbers[1][:20]!r}")
-    elements = 1
-    for dim in tensor.dims:
-        elements *= dim
-    needed = (elements * ir.DataType(tensor.data_type).bitwidth + 7) // 8
+    needed = (math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth + 7) // 8
     offset, length = int(numbers[0]), int(entries.get("length", needed))
     if length != needed or offset + length > file.stat().st_size:
         raise refuse(

@@ -200,6 +200,30 @@ def test_sparse_weights_are_refused_for_they_would_be_lost(tmp_path: Path) -> No
     )
 
 
+@pytest.mark.parametrize("raw", [True, False])
+def test_a_weight_with_too_many_numbers_is_refused(tmp_path: Path, raw: bool) -> None:
+    model = _model()
+    weight = model.graph.initializer[0]
+    weight.CopyFrom(
+        helper.make_tensor("w", TensorProto.FLOAT, [2, 2], np.ones(4, np.float32).tobytes() if raw else [1] * 4, raw)
+    )
+    weight.dims[0] = 1
+    path = _save(tmp_path, model)
+    with pytest.raises(ExportError) as caught:
+        onnx_files.read(path)
+    found = "16 bytes for the shape [1, 2]; 8" if raw else "4 numbers for the shape [1, 2]; 2"
+    assert caught.value.message == f"{path}: tensor 'w': {found} were expected. Export it again."
+
+
+@pytest.mark.parametrize(
+    "dtype", [TensorProto.INT4, TensorProto.BOOL, TensorProto.BFLOAT16, TensorProto.COMPLEX64, TensorProto.FLOAT8E4M3FN]
+)
+def test_weights_of_every_width_are_counted_right(tmp_path: Path, dtype: int) -> None:
+    model = _model()
+    model.graph.initializer.append(helper.make_tensor("spare", dtype, [3], [1, 0, 1]))
+    assert "spare" in onnx_files.read(_save(tmp_path, model)).graph.initializers
+
+
 def _functions(depth: int) -> onnx.ModelProto:
     """Local functions of two calls each: 2 to the power of ``depth`` nodes in a kilobyte."""
     opset = [helper.make_opsetid("", 20), helper.make_opsetid("f", 1)]

@@ -57,15 +57,19 @@ def _run(model: ir.Model, limit_bytes: int) -> int:
             inner = middle.producer() if middle is not None else None
             if inner is None or not edit.is_op(node, "Cast") or not edit.is_op(inner, "Cast"):
                 continue
-            source, target, between = edit.input_at(inner, 0), node.attributes.get("to"), inner.attributes.get("to")
-            if source is None or source.dtype is None or target is None or between is None:
+            source, between, target = edit.input_at(inner, 0), _target(inner), _target(node)
+            if source is None or source.dtype is None or between is None or target is None:
                 continue
-            if target.is_ref() or between.is_ref():
-                continue
-            if loses_nothing(source.dtype, ir.DataType(between.as_int()), ir.DataType(target.as_int())):
+            if loses_nothing(source.dtype, between, target):
                 node.replace_input_with(0, source)
                 changed += 1
     return changed
+
+
+def _target(cast: ir.Node) -> ir.DataType | None:
+    to = cast.attributes.get("to")
+    known = to is not None and to.type == ir.AttributeType.INT and not to.is_ref()
+    return next((dtype for dtype in (*_FLOATS, *_INTEGERS) if known and to is not None and dtype == to.as_int()), None)
 
 
 def _name_target(node: ir.Node) -> int:

@@ -42,18 +42,24 @@ def _run(model: bytes, feeds: dict[str, NDArray[Any]]) -> Outputs:
 
 
 @functools.cache
-def _graph(seed: int) -> tuple[bytes, list[dict[str, NDArray[Any]]], list[Outputs]]:
-    """A model, feeds (plain, with NaN and infinity, with huge numbers), and what they give."""
+def _graph(seed: int) -> tuple[bytes, list[dict[str, NDArray[Any]]], list[Outputs]] | None:
+    """A model, feeds (plain, with NaN and infinity, with huge numbers), and what they give; None for the one in some
+    thousands that ONNX Runtime cannot run."""
     graph = random_graphs.Graph(seed, OPERATORS)
     model = graph.model().SerializeToString()
     onnx.checker.check_model(model)
     feeds = [graph.feeds(), graph.feeds(random_graphs.SPECIAL), graph.feeds(random_graphs.HUGE)]
-    return model, feeds, [_run(model, each) for each in feeds]
+    try:
+        return model, feeds, [_run(model, each) for each in feeds]
+    except Exception:
+        return None
 
 
 def _difference(seed: int, passes: Sequence[Pass], hits: Counter[str]) -> str | None:
     """What a pipeline breaks in one graph. Where passes round, huge numbers may overflow elsewhere and are left out."""
-    original, feeds, expected = _graph(seed)
+    if (made := _graph(seed)) is None:
+        return None
+    original, feeds, expected = made
     model = ir.from_proto(onnx.ModelProto.FromString(original))
     interface = interface_of(model)
     if len(passes) == 1:
@@ -102,6 +108,7 @@ def test_every_pipeline_keeps_the_outputs_of_random_graphs(capsys: pytest.Captur
     with capsys.disabled():
         sys.stdout.write(f"\n{GRAPHS} random graphs, {len(broken)} broken; changed by {dict(hits.most_common())}\n")
     assert not broken
+    assert sum(_graph(seed) is None for seed in range(SEED, SEED + GRAPHS)) <= GRAPHS // 100
     assert GRAPHS < 300 or {step.name for step in PASSES} - set(hits) == {"inline_functions"}
 
 
