@@ -5,6 +5,7 @@ Everything shown is a value of the records; nothing is computed here but formatt
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -254,7 +255,13 @@ def _engine_lines(engine: Mapping[str, Any]) -> list[str]:
 
 
 def _escape(text: str) -> str:
-    """Text that stays text inside a Markdown table cell."""
-    for character, safe in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "\\`")):
-        text = text.replace(character, safe)
+    """Text that stays text inside a Markdown table cell: no tag, no entity, no link, no new cell, no new line.
+
+    >>> _escape("a <= b | <script>")
+    'a <= b \\\\| &lt;script>'
+    """
+    text = re.sub(r"[\x00-\x1f\x7f\u202a-\u202e\u2066-\u2069]+", " ", text)
+    text = re.sub(r"&(?=[#\w])", "&amp;", text)
+    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
+    text = re.sub(r"([|`\[\]])", r"\\\1", text)
     return " ".join(text.split())
