@@ -69,7 +69,7 @@ def _show_plan(plan: plans.Plan, store: Store) -> int:
 
 
 def _unchanged(output: Path, name: str, run_key: str) -> Mapping[str, Any] | None:
-    """The report of an artifact that answers this very question, if one is there, whole, and decided."""
+    """The report of an artifact that answers this very question, if there is one: unharmed, complete and decided."""
     for folder in (output / name, output / rejected(name)):
         if not (folder / artifact.MANIFEST).is_file():
             continue
@@ -79,7 +79,7 @@ def _unchanged(output: Path, name: str, run_key: str) -> Mapping[str, Any] | Non
             continue
         if manifest.run_key == run_key:
             known: dict[str, Any] = json.loads((folder / "report.json").read_bytes())
-            if known["outcome"] != Outcome.INCONCLUSIVE:
+            if known["outcome"] != Outcome.INCONCLUSIVE and not known["failures"]:
                 return {**known, "folder": str(folder)}
     return None
 

@@ -123,8 +123,8 @@ def _to_int8(
     if smoothed.gains_db:
         low, high = min(smoothed.gains_db), max(smoothed.gains_db)
         notes.append(
-            f"{len(smoothed.gains_db)} activations with outlying channels are smoothed (their whole range is kept): "
-            f"{low:.0f} to {high:.0f} dB less error expected"
+            f"smoothed for their outlying channels, whole range kept: {len(smoothed.gains_db)} of "
+            f"{len(placed.activations)} activations, expected error {low:.0f} to {high:.0f} dB lower"
         )
     products = sum(node.op_type == "MatMul" and node.domain == "" for node in graph)
     products -= sum(node.op_type == "MatMul" for node in everything.nodes)
