@@ -8,7 +8,9 @@ Standard output and error belong to the user's code and to chatty libraries: the
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import json
 import os
 import resource
@@ -37,20 +39,15 @@ def main(job_file: str) -> int:
         try:
             value = _run(job, out_dir, report)
             (out_dir / RESULT).write_bytes(codec.dump(value, out_dir))
-        except BuildEngineError as exc:
-            traceback.print_exc()
-            _send(report, error=type(exc).__name__, message=exc.message)
-            return exc.exit_code
-        except OSError as exc:
-            traceback.print_exc()
-            mine = exc.filename is not None and Path(os.fsdecode(exc.filename)).is_relative_to(out_dir)
-            translated = from_os_error(exc, out_dir) if mine or exc.filename is None else None
-            message = translated.message if translated else "".join(traceback.format_exception_only(exc)).strip()
-            _send(report, error="ArtifactError" if translated else None, message=message)
-            return 1
         except Exception as exc:
-            traceback.print_exc()
-            _send(report, error=None, message="".join(traceback.format_exception_only(exc)).strip())
+            error = _translated(exc, out_dir)
+            # The report first: on a full disk the log is what cannot be written.
+            if isinstance(error, BuildEngineError):
+                _send(report, error=type(error).__name__, message=error.message)
+            else:
+                _send(report, error=None, message="".join(traceback.format_exception_only(error)).strip())
+            with contextlib.suppress(OSError):
+                traceback.print_exc()
             return 1
         _send(report, result=True, peak_mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
     return 0
@@ -79,6 +76,19 @@ def _run(job: Mapping[str, Any], out_dir: Path, report: TextIO) -> Any:
             progress=lambda done, total: _send(report, done=done, total=total),
         )
     )
+
+
+def _translated(exc: Exception, out_dir: Path) -> Exception:
+    """``exc``, or what it comes to where the disk is full or the step's folder cannot be written."""
+    seen: BaseException | None = exc
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+            return from_os_error(seen, out_dir)
+        seen = seen.__cause__ or seen.__context__
+    if isinstance(exc, OSError) and exc.filename is not None:
+        written = Path(os.fsdecode(exc.filename))
+        return from_os_error(exc, out_dir) if written.is_relative_to(out_dir) else exc
+    return exc
 
 
 def _send(report: TextIO, **event: Any) -> None:

@@ -23,6 +23,7 @@ ORDINARY_BELOW = 1e15
 
 _ENTROPY_BINS = 2048
 _ENTROPY_STRIDE = 8
+_EMPTY = 1e-4
 
 
 def scale(statistics: TensorStatistics, *, method: str, percentile: float) -> np.float32:
@@ -102,10 +103,7 @@ def entropy(statistics: TensorStatistics) -> float:
 
 
 def _divergence(counts: Array, size: int) -> float:
-    """KL(P || Q) in nats of the first ``size`` bins, all above clipped into the last, from their 128 levels.
-
-    ``counts`` [bins]; infinite where values would be clipped into an empty bin.
-    """
+    """KL(P || Q) in nats of the first ``size`` of ``counts`` [bins], all above clipped into the last, from 128 levels."""
     inside = counts[:size]
     level = np.arange(size) * (LEVELS + 1) // size
     used = inside > 0
@@ -114,10 +112,10 @@ def _divergence(counts: Array, size: int) -> float:
     q = np.where(used, (sums / np.maximum(widths, 1))[level], 0.0)
     p = inside.copy()
     p[-1] += counts[size:].sum()
-    if p[-1] > 0 and not used[-1]:
-        return float("inf")
-    p, q = p[used] / p.sum(), q[used] / q.sum()
-    return float(np.sum(p * np.log(p / q)))
+    filled = p > 0
+    p, q = p[filled] / p.sum(), q[filled] / (q.sum() or 1.0)
+    # Values may be clipped into a bin that was empty, where Q has nothing. As in MXNet's calibration, it has a little.
+    return float(np.sum(p * np.log(p / np.where(q > 0, q, _EMPTY))))
 
 
 def mse(statistics: TensorStatistics) -> float:

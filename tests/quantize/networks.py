@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -31,7 +32,7 @@ class Net:
     def normal(self, name: str, *shape: int, fan_in: int = 1) -> str:
         return self.weight(name, (self.random.normal(size=shape) / np.sqrt(fan_in)).astype(np.float32))
 
-    def op(self, kind: str, inputs: Sequence[str], output: str, **attributes: object) -> str:
+    def op(self, kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(kind, inputs, [output], name=f"node_{output}", **attributes))
         return output
 
@@ -66,7 +67,7 @@ def save(proto: onnx.ModelProto, path: Path, *, opt: int = 4, probe: Mapping[str
     feeds = None
     if probe is not None:
         feeds = path.with_name("probe.npz")
-        np.savez(feeds, **{name: np.asarray(value) for name, value in probe.items()})
+        np.savez(feeds, allow_pickle=False, **{name: np.asarray(value) for name, value in probe.items()})
     return onnx_files.describe(
         path, precision=Precision.FP32, axes={"batch": DimRange(min=1, opt=opt, max=64)}, probe=feeds
     )
@@ -118,12 +119,12 @@ def transformer_block(width: int = 32, heads: int = 4, positions: int = 16) -> o
     """Masked attention and a feed-forward layer: x [batch, positions, width], mask [batch, positions] of 0 and 1."""
     net = Net(3)
     head = width // heads
-    net.weight("one", np.float32(1))
-    net.weight("lowest", np.float32(MASKED))
+    net.weight("one", np.array(1, np.float32))
+    net.weight("lowest", np.array(MASKED, np.float32))
     net.weight("axes", np.array([1, 2]))
     net.weight("split", np.array([0, -1, heads, head]))
     net.weight("joined", np.array([0, -1, width]))
-    net.weight("root", np.float32(head**-0.5))
+    net.weight("root", np.array(head**-0.5, np.float32))
     masked = net.op(
         "Unsqueeze", [net.op("Mul", [net.op("Sub", ["one", "mask"], "away"), "lowest"], "low"), "axes"], "bias"
     )
