@@ -212,6 +212,14 @@ def remove(node: ir.Node) -> None:
     node.graph.remove(node, safe=True)
 
 
+def forget_domains(model: ir.Model, domains: set[str]) -> int:
+    """Drop the imports of those of ``domains`` that nothing uses any more. Returns how many."""
+    used = {node.domain for graph in graphs(model) for node in graph} | {"", "ai.onnx"}
+    for function in model.functions.values():
+        used |= {function.domain, *(node.domain for node in function.all_nodes())}
+    return sum(model.opset_imports.pop(domain, None) is not None for domain in domains - used)
+
+
 def direct_subgraphs(node: ir.Node) -> list[ir.Graph]:
     """The graphs among the attributes of ``node``."""
     inner: list[ir.Graph] = []

@@ -26,8 +26,10 @@ def _run(model: ir.Model, limit_bytes: int) -> int:
     fits = all(_is_plain(function, model) for function in model.functions.values())
     if not calls or not fits or not all(_fits(call, model) for call in (*calls, *inner)):
         return 0
+    domains = {domain for domain, _, _ in model.functions}
     InlinePass()(model)
     NameFixPass()(model)
+    edit.forget_domains(model, domains)
     return len(calls)
 
 

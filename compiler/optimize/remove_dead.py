@@ -50,9 +50,7 @@ def _remove_functions(model: ir.Model) -> int:
     unused = [identifier for identifier in model.functions if identifier not in used]
     for identifier in unused:
         del model.functions[identifier]
-    domains = {node.domain for graph in edit.graphs(model) for node in graph} | {domain for domain, _, _ in used}
-    orphans = {domain for domain, _, _ in unused} - domains
-    return len(unused) + sum(model.opset_imports.pop(domain, None) is not None for domain in orphans - {"", "ai.onnx"})
+    return len(unused) + edit.forget_domains(model, {domain for domain, _, _ in unused})
 
 
 REMOVE_DEAD = Pass(
