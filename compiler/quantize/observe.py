@@ -236,7 +236,7 @@ def load(path: Path) -> Observed:
         CalibrationError: the file is missing, damaged, or something else.
     """
     try:
-        with np.load(path) as stored:
+        with path.open("rb") as file, np.load(file) as stored:
             table = zip(*(stored[key].tolist() for key in ("name", "low", "high", "count", "first")), strict=True)
             observed = {}
             for row, (name, low, high, count, first) in enumerate(table):

@@ -17,6 +17,10 @@ from compiler.spec import Array, CalibrationSet, Dim, DimRange, OnnxModel, Preci
 MASKED = -3.4028234663852886e38
 
 
+def f32(values: Any) -> Array:
+    return np.array(values, np.float32)
+
+
 class Net:
     """Grows an ONNX graph, one node a call; weights are normal, seeded, scaled to keep the signal's size."""
 
