@@ -1,4 +1,4 @@
-"""ONNX files: read without trusting them, written so that equal models are equal bytes, hashed with their external data.
+"""ONNX files: read without trust, written so that equal models are equal bytes, hashed with their external data.
 
 Why not `onnx.load` alone: the checker lets external data with a NUL in its name or an unknown key through, and says ok
 to local functions that expand to millions of nodes, on which every consumer of the file then hangs.
@@ -19,7 +19,7 @@ from compiler.errors import ExportError, from_os_error
 from compiler.spec import DimRange, OnnxModel, Precision, TensorSpec
 
 EXTERNAL_ABOVE_BYTES = (1 << 31) - (1 << 26)
-"""Weights above this go to a file of their own: a protobuf message ends at 2 GiB, and the graph needs room beside them."""
+"""Weights above this go to a file of their own: a protobuf message ends at 2 GiB, and the graph needs room too."""
 
 MAX_EXPANDED_NODES = 1_000_000
 """Nodes that a model may have once its local functions are inlined."""
@@ -96,7 +96,7 @@ def write(model: ir.Model, path: Path, *, external_above: int = EXTERNAL_ABOVE_B
 
 
 def sha256_of(path: Path, external_data: Sequence[Path] = ()) -> str:
-    """SHA-256 of a model: of the file alone, or, with external data, of the lines that ``sha256sum`` prints for them."""
+    """SHA-256 of the file, or, with external data, of the lines that ``sha256sum`` prints for it and for them."""
     own = _file_sha256(path)
     if not external_data:
         return own
@@ -214,8 +214,8 @@ def _check_size(path: Path, tensor: onnx.TensorProto) -> None:
         needed = -(-elements * parts // packed)
     if found != needed:
         raise ExportError(
-            f"{path}: tensor '{tensor.name}': {found} {unit} for the shape {list(tensor.dims)}; {needed} were expected. "
-            "Export it again."
+            f"{path}: tensor '{tensor.name}': {found} {unit} for the shape {list(tensor.dims)}; "
+            f"{needed} were expected. Export it again."
         )
 
 

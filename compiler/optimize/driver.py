@@ -1,4 +1,4 @@
-"""Runs the passes to a fixpoint and believes none of them: interface after each pass, checker and numbers at the end."""
+"""Runs the passes to a fixpoint, and checks: the interface after each pass, validity and numbers at the end."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def is_op(node: ir.Node | None, *op_types: str) -> TypeGuard[ir.Node]:
 
 
 def is_random(node: ir.Node, version: int) -> bool:
-    """Whether two runs of a standard operator on the same inputs may differ. Up to opset 6 Dropout trains by default."""
+    """Whether two runs of a standard operator on the same inputs may differ. Up to opset 6 Dropout trains unasked."""
     if node.op_type == "Dropout" and node.domain == "":
         return version < 7 or len(node.inputs) > 2
     return is_op(node, *RANDOM_OPS)

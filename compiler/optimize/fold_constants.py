@@ -26,7 +26,7 @@ _KEPT_SMALL_BYTES = 1 << 20
 
 _MOVING = frozenset(
     {
-        "Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Reshape", "Slice", "Split",
+        "Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Reshape", "Slice", "Split",
         "Squeeze", "Tile", "Transpose", "Trilu", "Unsqueeze", "Where",
     }
 )  # fmt: skip
@@ -34,10 +34,10 @@ _MOVING = frozenset(
 
 _COMPUTING = frozenset(
     {
-        "Abs", "Add", "And", "Ceil", "CumSum", "Div", "Equal", "Erf", "Exp", "Floor", "Greater", "GreaterOrEqual", "Less",
-        "LessOrEqual", "Log", "MatMul", "Max", "Min", "Mul", "Neg", "Not", "Or", "Pow", "Range", "Reciprocal",
-        "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "Sigmoid", "Sign", "Sin", "Cos", "Sqrt", "Sub",
-        "Tanh", "Xor",
+        "Abs", "Add", "And", "Ceil", "Cos", "CumSum", "Div", "Equal", "Erf", "Exp", "Floor", "Greater",
+        "GreaterOrEqual", "Less", "LessOrEqual", "Log", "MatMul", "Max", "Min", "Mul", "Neg", "Not", "Or", "Pow",
+        "Range", "Reciprocal", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "Sigmoid", "Sign",
+        "Sin", "Sqrt", "Sub", "Tanh", "Xor",
     }
 )  # fmt: skip
 """Operators on which onnx's reference and the runtimes agree, for the dtypes of `_COMPUTABLE` and without NaN."""
@@ -46,8 +46,8 @@ _GROWING = frozenset({"ConstantOfShape", "Expand", "Range", "Tile"})
 
 _BROADCASTING = frozenset(
     {
-        "Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Min", "Mul", "Or", "Pow",
-        "Sub", "Where", "Xor",
+        "Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Min", "Mul", "Or",
+        "Pow", "Sub", "Where", "Xor",
     }
 )  # fmt: skip
 _MAX_PRODUCTS = 1 << 32
@@ -128,8 +128,6 @@ def _evaluate(node: ir.Node, model: ir.Model, room: int) -> list[Array] | None:
     if node.domain != "" or node.op_type not in _MOVING | _COMPUTING | {"Cast", "CastLike", "ConstantOfShape"}:
         return None
     if not node.inputs or any(value is not None and edit.constant(value) is None for value in node.inputs):
-        return None
-    if all(output.is_graph_output() for output in node.outputs) and edit.is_op(node, "Identity"):
         return None
     inputs = [None if value is None else edit.constant_array(value) for value in node.inputs]
     if any(array is None and value is not None for array, value in zip(inputs, node.inputs, strict=True)):

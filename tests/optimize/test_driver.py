@@ -162,7 +162,7 @@ def test_weights_are_read_from_where_they_lie_not_copied_into_memory(tmp_path: P
     """Passes over a model with external data leave its large weights memory-mapped."""
     original = save(
         tmp_path,
-        "t = Identity(x) y = MatMul(t, w)",
+        "t = Identity(x) v = Identity(w) y = MatMul(t, v)",
         interface="(float[N, 400] x) => (float[N, 2] y)",
         weights={"w": np.ones((400, 2), np.float32)},
     )
