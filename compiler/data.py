@@ -21,9 +21,9 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 
-from compiler.errors import ArtifactError, CalibrationError
+from compiler.errors import ArtifactError, CalibrationError, suggest
 from compiler.recipe import Recipe, dims
-from compiler.source import Sources, call_user, function_in, iterate_user, load_module, shown, suggestion
+from compiler.source import Sources, call_user, function_in, iterate_user, load_module, shown
 from compiler.spec import (
     Array,
     CalibrationSet,
@@ -485,7 +485,7 @@ def _split(recipe: Recipe, item: Any, name: str, count: int) -> Iterator[_Sample
     names = [spec.name for spec in recipe.inputs]
     if unknown := [str(key) for key in item if key not in names]:
         raise CalibrationError(
-            f"{where}: unknown input '{unknown[0]}'; {suggestion(unknown[0], names)} Yield exactly the recipe's inputs."
+            f"{where}: unknown input '{unknown[0]}'; {suggest(unknown[0], names)} Yield exactly the recipe's inputs."
         )
     if missing := [key for key in names if key not in item]:
         raise CalibrationError(

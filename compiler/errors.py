@@ -6,8 +6,10 @@ without a traceback. Anything else that escapes is a bug in this package (exit c
 
 from __future__ import annotations
 
+import difflib
 import errno
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import ClassVar
 
@@ -92,6 +94,17 @@ BY_NAME: dict[str, type[BuildEngineError]] = {
         InconclusiveError,
     )
 }
+
+
+def suggest(word: str, choices: Iterable[str]) -> str:
+    """The end of a message about a wrong name.
+
+    >>> suggest("imge", ["image", "mask"]), suggest("x", ["image", "mask"])
+    ("did you mean 'image'?", 'expected one of image, mask.')
+    """
+    known = list(choices)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean '{close[0]}'?" if close else f"expected one of {', '.join(known)}."
 
 
 def from_os_error(error: OSError, path: Path) -> ArtifactError:

@@ -41,9 +41,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from compiler import onnx_files
 from compiler.data import Samples, SampleWriter, first_samples
-from compiler.errors import BuildError, ExportError, RecipeError
+from compiler.errors import BuildError, ExportError, RecipeError, suggest
 from compiler.recipe import Recipe, dims
-from compiler.source import Sources, call_user, is_user_code, load_callable, shown, suggestion, user_line
+from compiler.source import Sources, call_user, is_user_code, load_callable, shown, user_line
 from compiler.spec import (
     Array,
     DimRange,
@@ -393,7 +393,7 @@ def _bind_parameters(
     if unknown and inspect.Parameter.VAR_KEYWORD not in kinds:
         raise ExportError(
             f"{where}: forward() of {type(model).__name__} has no parameter '{unknown[0]}'; "
-            f"{suggestion(unknown[0], accepted)} Rename [model.inputs.{unknown[0]}]."
+            f"{suggest(unknown[0], accepted)} Rename [model.inputs.{unknown[0]}]."
         )
     missing = [name for name in accepted if parameters[name].default is inspect.Parameter.empty and name not in names]
     if missing:
@@ -428,7 +428,7 @@ def _load_weights(model: torch.nn.Module, path: Path) -> None:
     if unexpected:
         raise ExportError(
             f"{shown(path)}: {_count(unexpected)} not in {type(model).__name__}; "
-            f"{suggestion(unexpected[0], missing) if missing else 'the names of its state_dict() were expected.'} Save the "
+            f"{suggest(unexpected[0], missing) if missing else 'the names of its state_dict() were expected.'} Save the "
             "weights of this very model."
         )
     if missing:
@@ -482,7 +482,7 @@ def _load_hf(recipe: Recipe, sources: Sources, notes: list[str]) -> torch.nn.Mod
         ) from exc
     task = recipe.model.task
     if task not in HF_TASKS:
-        raise RecipeError(f"[model] task: found '{task}'; {suggestion(task, HF_TASKS)}")
+        raise RecipeError(f"[model] task: found '{task}'; {suggest(task, HF_TASKS)}")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     local = sources.model_path is not None
@@ -543,7 +543,7 @@ def _load_program(
         odd = next((name for name in names if name not in own), None)
         raise ExportError(
             f"{where}: inputs {', '.join(own)}; found {', '.join(names)} in the recipe. "
-            + (f"'{odd}': {suggestion(odd, own)}" if odd else "Add what is missing to [model.inputs].")
+            + (f"'{odd}': {suggest(odd, own)}" if odd else "Add what is missing to [model.inputs].")
         )
     order = [names.index(name) for name in own]
     structure = program.call_spec.in_spec
@@ -626,7 +626,7 @@ class _TorchRunner:
                 )
         if unknown := [name for name in feeds if name not in [spec.name for spec in self.inputs]]:
             raise BuildError(
-                f"original: unknown input '{unknown[0]}'; {suggestion(unknown[0], [spec.name for spec in self.inputs])}"
+                f"original: unknown input '{unknown[0]}'; {suggest(unknown[0], [spec.name for spec in self.inputs])}"
             )
 
 
@@ -1040,7 +1040,7 @@ def _adopt(recipe: Recipe, sources: Sources, path: Path, notes: list[str], exter
     wanted = {spec.name: spec for spec in recipe.inputs}
     for name in wanted:
         if name not in by_name:
-            raise ExportError(f"{where}: no input '{name}'; {suggestion(name, by_name)} Rename [model.inputs.{name}].")
+            raise ExportError(f"{where}: no input '{name}'; {suggest(name, by_name)} Rename [model.inputs.{name}].")
     if missing := [name for name in by_name if name not in wanted]:
         raise ExportError(
             f"{where}: its input '{missing[0]}' is not in the recipe, which has {', '.join(wanted)}. Add "

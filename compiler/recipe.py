@@ -18,7 +18,7 @@ import msgspec
 import tomli
 from msgspec import Meta, Struct
 
-from compiler.errors import RecipeError
+from compiler.errors import RecipeError, suggest
 from compiler.spec import Dim, DimRange, Precision, TensorSpec
 
 MAX_BYTES = 64 * 1024
@@ -322,7 +322,7 @@ def _decode_table(value: Any, kind: type[Struct], path: tuple[str | int, ...], p
     fields = {field.name: field for field in msgspec.structs.fields(kind)}
     before = len(problems)
     problems.extend(
-        _Problem((*path, key), f"unknown key; {_nearest(key, fields)}") for key in value if key not in fields
+        _Problem((*path, key), f"unknown key; {suggest(key, sorted(fields))}") for key in value if key not in fields
     )
     decoded = {}
     for name, field in fields.items():
@@ -331,12 +331,6 @@ def _decode_table(value: Any, kind: type[Struct], path: tuple[str | int, ...], p
         elif field.required:
             problems.append(_Problem((*path, name), "missing; it has no default. Add it."))
     return kind(**decoded) if len(problems) == before else None
-
-
-def _nearest(word: str, choices: Iterator[str] | Mapping[str, Any] | Sequence[str]) -> str:
-    known = list(choices)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"did you mean '{close[0]}'?" if close else f"expected one of {', '.join(sorted(known))}."
 
 
 def _show(value: Any) -> str:
@@ -427,7 +421,7 @@ def _check_axes(recipe: Recipe) -> Iterator[_Problem]:
         for dim in section.shape:
             if isinstance(dim, str) and dim not in recipe.axes:
                 hint = f" Add [axes] {dim} = {{ min = 1, opt = 8, max = 64 }}." if dim.isidentifier() else ""
-                problem = _nearest(dim, list(recipe.axes)) if recipe.axes else "[axes] is empty."
+                problem = suggest(dim, list(recipe.axes)) if recipe.axes else "[axes] is empty."
                 yield _Problem(("model", "inputs", name, "shape"), f"axis '{dim}' is not in [axes]; {problem}{hint}")
     for name, axis in recipe.axes.items():
         where = ("axes", name)
@@ -493,7 +487,7 @@ def _check_gates(recipe: Recipe) -> Iterator[_Problem]:
                 (*where, "max_drop"), f"'{gate.metric}' compares with the original already; min or max was expected."
             )
         if gate.engine != "*" and not fnmatch.filter(names, gate.engine):
-            yield _Problem((*where, "engine"), f"no engine is named '{gate.engine}'; {_nearest(gate.engine, names)}")
+            yield _Problem((*where, "engine"), f"no engine is named '{gate.engine}'; {suggest(gate.engine, names)}")
         if gate.batch is not None and gate.metric not in SPEED_METRICS:
             yield _Problem((*where, "batch"), f"'{gate.metric}' does not depend on the batch size. Remove it.")
         if gate.batch is not None and recipe.latency.batches and gate.batch not in recipe.latency.batches:
@@ -506,7 +500,7 @@ def _check_gates(recipe: Recipe) -> Iterator[_Problem]:
         elif gate.against not in ("original", "eager", "compile", *names):
             yield _Problem(
                 (*where, "against"),
-                f"found '{gate.against}'; {_nearest(gate.against, ['original', 'eager', 'compile', *names])}",
+                f"found '{gate.against}'; {suggest(gate.against, ['original', 'eager', 'compile', *names])}",
             )
 
 

@@ -163,29 +163,6 @@ def shown(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """What to say beside a wrong name; the caller ends the sentence.
-
-    >>> nearest("imge", ["image", "mask"])
-    "did you mean 'image'?"
-    >>> nearest("x", ["image", "mask"])
-    'expected one of image, mask'
-    """
-    known = list(choices)
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean '{close[0]}'?" if close else f"expected one of {', '.join(known)}"
-
-
-def suggestion(word: str, choices: Iterable[str]) -> str:
-    """`nearest`, with the end of its sentence.
-
-    >>> suggestion("x", ["image", "mask"])
-    'expected one of image, mask.'
-    """
-    hint = nearest(word, choices)
-    return hint if hint.endswith("?") else f"{hint}."
-
-
 # --- fingerprints ---------------------------------------------------------------------------------------------------
 
 

@@ -161,7 +161,7 @@ def test_too_few_samples_for_a_gate_exit_10_and_say_how_many_would_do(workshop: 
     assert few.returncode == 10
     needed = re.search(r"inconclusive: fp32: lost 0, gained 0 of 100: .*; (\d+) samples would decide", few.stderr)
     assert needed is not None, few.stderr
-    assert int(needed[1]) == 268
+    assert int(needed[1]) == 2705  # 100 samples without a flip allow a share of flips of 3 %
     assert workshop.report("dist/points.rejected")["outcome"] == "inconclusive"
 
 
@@ -383,7 +383,7 @@ def test_a_latency_gate_decides_on_the_measured_ratio(workshop: Workshop, change
     report = workshop.report("dist/points.rejected")
     taken = [entry for entry in report["latency"]["latencies"] if entry["candidate"] == "fp32"]
     assert all(len(entry["samples_s"]) == len(entry["block_of"]) > 0 for entry in taken)
-    with pytest.raises(GateFailedError, match="missed"):
+    with pytest.raises(GateFailedError, match="no engine passed its gates"):
         compiler.load(workshop.folder / "dist/points.rejected")
 
 

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from compiler.errors import ArtifactError, RecipeError
+from compiler.errors import ArtifactError, RecipeError, suggest
 from compiler.recipe import SIZE_METRICS, SPEED_METRICS, GateSection
-from compiler.source import nearest
 from compiler.spec import Engine, GateResult, Latencies, Latency, Outcome, Score, Scores, Speed, Verdict
 from compiler.validate import estimates, statistics
 from compiler.validate.estimates import Estimate
@@ -124,9 +123,8 @@ def _problems(
             if gate.metric in SPEED_METRICS | SIZE_METRICS or found.bad_samples:
                 continue
             if gate.metric not in known:
-                hint = nearest(gate.metric, sorted(known))
                 yield (
-                    f"[[gates]] metric: no score is named '{gate.metric}'; {hint}{'' if hint.endswith('?') else '.'} "
+                    f"[[gates]] metric: no score is named '{gate.metric}'; {suggest(gate.metric, sorted(known))} "
                     "Correct it, or define it in the data file's metrics, losses or agreements."
                 )
             elif gate.max_drop is not None and known[gate.metric].change is None:
