@@ -7,6 +7,7 @@ Exact: ``x * 0.5 * (1 + erf(x / sqrt(2)))``. Approximate: ``x * 0.5 * (1 + tanh(
 from __future__ import annotations
 
 import math
+from typing import TypeGuard
 
 import onnx_ir as ir
 
@@ -59,7 +60,7 @@ def _gelu(node: ir.Node) -> tuple[ir.Value, str] | None:
 
 def _factors(node: ir.Node | None) -> tuple[list[ir.Value], float]:
     """The values and the constant that a tree of Mul, and of Div by constants, multiplies."""
-    if node is None or not edit.is_op(node, "Mul", "Div") or len(node.inputs) != 2:
+    if not edit.is_op(node, "Mul", "Div") or len(node.inputs) != 2:
         return [], 1.0
     values: list[ir.Value] = []
     factor = 1.0
@@ -88,13 +89,17 @@ def _has_constant(node: ir.Node | None) -> bool:
 def _one_plus(value: ir.Value) -> ir.Node | None:
     """What makes ``z`` where ``value`` is ``1 + z``."""
     node = value.producer()
-    if not edit.is_op(node, "Add") or node is None:
+    if not _is_addition(node):
         return None
     for one, other in (node.inputs, node.inputs[::-1]):
         number = edit.constant_scalar(one)
         if number == 1 and other is not None:
             return other.producer()
     return None
+
+
+def _is_addition(node: ir.Node | None) -> TypeGuard[ir.Node]:
+    return edit.is_op(node, "Add", "Sum") and len(node.inputs) == 2
 
 
 def _is_multiple(value: ir.Value | None, x: ir.Value, expected: float) -> bool:
@@ -106,7 +111,7 @@ def _is_cubic(value: ir.Value | None, x: ir.Value) -> bool:
     """Whether ``value`` is ``sqrt(2 / pi) * (x + 0.044715 * x^3)``."""
     values, factor = _factors(value.producer() if value is not None else None)
     total = values[0].producer() if len(values) == 1 and _is(factor, math.sqrt(2 / math.pi)) else None
-    if total is None or not edit.is_op(total, "Add"):
+    if not _is_addition(total):
         return False
     for plain, cubed in (total.inputs, total.inputs[::-1]):
         if plain is not x or cubed is None:
@@ -119,9 +124,9 @@ def _is_cubic(value: ir.Value | None, x: ir.Value) -> bool:
 
 def _is_cube(value: ir.Value, x: ir.Value) -> bool:
     node = value.producer()
-    if edit.is_op(node, "Pow") and node is not None:
+    if edit.is_op(node, "Pow"):
         return node.inputs[0] is x and edit.constant_scalar(node.inputs[1]) == 3
-    if not edit.is_op(node, "Mul") or node is None:
+    if not edit.is_op(node, "Mul"):
         return False
     for one, other in (node.inputs, node.inputs[::-1]):
         square = other.producer() if other is not None else None
