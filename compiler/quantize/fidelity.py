@@ -133,7 +133,8 @@ class _Runs:
         powers: dict[str, _Power] = {}
         with (
             closing(self.open_model(original, threads=self.threads)) as reference,
-            closing(self.open_model(quantised, threads=self.threads)) as candidate,
+            # What the file means, and not what a runtime's fusions, which take axes for granted, make of it.
+            closing(self.open_model(quantised, threads=self.threads, optimize=False)) as candidate,
         ):
             for done, index in enumerate(taken, start=1):
                 feeds = self.stored.feeds(index)

@@ -111,7 +111,7 @@ def round_weight(
     zeros = int(np.count_nonzero(peak == 0))
     scale = np.where(peak == 0, peak.max() or 1.0, peak) / np.float32(thresholds.LEVELS)
     if bias is not None and bias.shape == scale.shape:
-        scale = np.maximum(scale, np.abs(bias) / (input_scale * BIAS_STEPS))
+        scale = np.maximum(scale, np.abs(bias.astype(np.float64)) / (input_scale * BIAS_STEPS))
     scale = np.maximum(scale, thresholds.SMALLEST_SCALE).astype(np.float32)
     shape = [-1 if i == axis else 1 for i in range(weight.ndim)] if axis is not None else []
     steps = np.rint(weight / scale.reshape(shape))

@@ -41,8 +41,8 @@ def run(
 
     Args:
         made: applied to each tensor as it is made; all consumers read what it returns.
-        read: applied to the first input of a Conv, Gemm or MatMul and to both of an Add.
-        weight: applied to their constant second input.
+        read: applied to the first input of each Conv, Gemm or MatMul whose second is constant.
+        weight: applied to that second input.
     """
     constants = {w.name: numpy_helper.to_array(w) for w in proto.graph.initializer}
     values: dict[str, Array] = {
@@ -51,12 +51,8 @@ def run(
     values |= {name: np.asarray(value, np.float64) for name, value in feeds.items()}
     for node in proto.graph.node:
         inputs = [values[name] for name in node.input]
-        if node.op_type in ("Conv", "Gemm", "MatMul"):
-            inputs[0] = read(node.input[0], inputs[0])
-            if node.input[1] in constants:
-                inputs[1] = weight(node, inputs[1])
-        elif node.op_type == "Add":
-            inputs = [read(name, value) for name, value in zip(node.input, inputs, strict=True)]
+        if node.op_type in ("Conv", "Gemm", "MatMul") and node.input[1] in constants:
+            inputs[:2] = read(node.input[0], inputs[0]), weight(node, inputs[1])
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         values[node.output[0]] = made(node.output[0], _OPS[node.op_type](*inputs, **attributes))
     return values
