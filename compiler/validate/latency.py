@@ -155,7 +155,9 @@ def _measure_batch(
             for name in names
         ]
         if block < wanted:
-            notes.append(f"batch {batch}: stopped after {block} of {wanted} blocks, at the limit of {section.limit_s:g} s")
+            notes.append(
+                f"batch {batch}: stopped after {block} of {wanted} blocks, at the limit of {section.limit_s:g} s"
+            )
             return latencies, notes
         if wanted >= MAX_BLOCKS or not undecided(latencies):
             return latencies, notes
