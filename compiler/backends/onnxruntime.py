@@ -181,7 +181,7 @@ class _SessionRunner:
 
     def _call(self, feeds: Feeds) -> list[Array]:
         if self._session is None:
-            raise BuildError(f"{self._path}: closed; an open model was expected. Open it again.")
+            raise BuildError(f"{self._path.name}: closed; an open model was expected. Open it again.")
         try:
             outputs: list[Array] = self._session.run(self._names, feeds)
         except Exception as exc:
@@ -197,11 +197,11 @@ class _SessionRunner:
             )
         sizes: dict[str, int] = {}
         for spec in self.inputs:
-            value = feeds[spec.name]
+            value, before = feeds[spec.name], dict(sizes)
             fits = isinstance(value, np.ndarray) and value.dtype == self._dtypes[spec.name]
             if not fits or value.ndim != len(spec.shape) or not _shape_fits(spec, value.shape, sizes):
                 shape = "[" + ", ".join(str(dim) for dim in spec.shape) + "]"
-                known = "".join(f", {name} = {size}" for name, size in sizes.items() if name in spec.shape)
+                known = "".join(f", {name} = {size}" for name, size in before.items() if name in spec.shape)
                 raise BuildError(
                     f"{self._path.name}: input '{spec.name}': found {_described(value)}; {spec.dtype} {shape}{known} "
                     "was expected. Convert it."
@@ -277,15 +277,26 @@ _NO_OP = re.compile(
     r"In Node, \(\"(?P<node>[^\"]*)\", (?P<op>\w+), \"(?P<domain>[^\"]*)\".*No Op registered", re.DOTALL
 )
 
+_NO_FUNCTION = re.compile(r"Fatal error: [\w.]*:(?P<op>\w+)\(-?\d+\) is not a registered function/op")
+
+
+def _first_node(path: Path, kind: str) -> str:
+    """The name of the first node of this kind in a file, for a message of the runtime that names none."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    return next((node.name for node in graph.node if node.op_type == kind), "")
+
 
 def _translated(path: Path, exc: Exception) -> BuildError:
     """A failure of the runtime, in the project's wording; its own text stands last."""
     text = str(exc)
     own = text.rpartition(" : ")[2].strip().splitlines()[0] if text.strip() else type(exc).__name__
-    for pattern in (_NO_KERNEL, _NO_OP):
+    for pattern in (_NO_KERNEL, _NO_OP, _NO_FUNCTION):
         if found := pattern.search(text):
+            node = found.groupdict().get("node") or _first_node(path, found["op"])
             return BuildError(
-                f"{path.name}: node '{found['node']}': ONNX Runtime has no implementation of {found['op']} for these "
+                f"{path.name}: node '{node}': ONNX Runtime has no implementation of {found['op']} for these "
                 "types; an operator that it runs was expected. Keep the node in high precision (engines.keep), or "
                 f"express the model without {found['op']}."
             )
@@ -328,7 +339,7 @@ def _choose_provider(model: OnnxModel) -> tuple[str, list[str]]:
     if model.precision is Precision.INT8:
         return CPU, ["built for the CPU: ONNX Runtime's CUDA provider has no INT8 kernels for Q/DQ models"]
     try:
-        _session(model.path, threads=1, provider=CUDA, optimize=True)
+        _session(model.path, threads=1, provider=CUDA, optimize=True, spin=False)
     except BuildError as exc:
         return CPU, [f"built for the CPU, although there is a GPU: {exc.message}"]
     return CUDA, []
