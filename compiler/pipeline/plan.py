@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import platform
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -142,6 +143,7 @@ def make(
             {
                 "stage": stage,
                 "code": _code(declared.sources + _SHARED),
+                "python": platform.python_version(),
                 "packages": _versions(declared.packages),
                 "inputs": {name: keys[id] for name, id in needs.items()},
                 "parts": parts,
