@@ -121,10 +121,10 @@ def _to_int8(
     count = f"{len(placed.nodes)} of {len(everything.nodes)} layers with constant weights and "
     notes = [f"INT8: {count}{len(placed.activations)} activations ({section.method}); the rest stays {rest}"]
     if smoothed.gains_db:
-        low, high = min(smoothed.gains_db), max(smoothed.gains_db)
+        gains = sorted({f"{gain:.0f}" for gain in (min(smoothed.gains_db), max(smoothed.gains_db))}, key=float)
         notes.append(
             f"smoothed for their outlying channels, whole range kept: {len(smoothed.gains_db)} of "
-            f"{len(placed.activations)} activations, expected error {low:.0f} to {high:.0f} dB lower"
+            f"{len(placed.activations)} activations, expected error {' to '.join(gains)} dB lower"
         )
     products = sum(node.op_type == "MatMul" and node.domain == "" for node in graph)
     products -= sum(node.op_type == "MatMul" for node in everything.nodes)

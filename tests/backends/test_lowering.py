@@ -25,7 +25,7 @@ from tests.quantize import networks
 from tests.quantize.networks import Net, f32
 
 
-def int8(folder: Path, proto: onnx.ModelProto, samples: Sequence[Mapping[str, Array]]) -> OnnxModel:
+def int8(folder: Path, proto: onnx.ModelProto, samples: Sequence[Mapping[str, Array]], rest: Any = "fp32") -> OnnxModel:
     """The canonical INT8 form of ``proto``."""
     for name in ("observed", "int8"):
         (folder / name).mkdir(parents=True)
@@ -35,7 +35,7 @@ def int8(folder: Path, proto: onnx.ModelProto, samples: Sequence[Mapping[str, Ar
         model, data, samples=64, min_samples=1, open_model=open_model, threads=1, out_dir=folder / "observed"
     )
     return quantize(
-        EngineSection(precision=Precision.INT8),
+        EngineSection(precision=Precision.INT8, rest=rest),
         QuantizeSection(min_sqnr_db=-100),
         model,
         statistics,
@@ -164,6 +164,17 @@ def test_a_float_model_is_left_alone(tmp_path: Path) -> None:
     before = ir.to_proto(network).SerializeToString(deterministic=True)
     assert lowering.lower(network) == []
     assert ir.to_proto(network).SerializeToString(deterministic=True) == before
+
+
+@pytest.mark.parametrize("rest", ["fp16", "bf16"])
+@pytest.mark.parametrize("name", ["residual", "transformer"])
+def test_an_int8_model_with_a_half_rest_runs(tmp_path: Path, name: str, rest: str) -> None:
+    proto, samples = CASES[name]
+    path = lowered(int8(tmp_path, proto, samples, rest), tmp_path / "lowered.onnx")
+    expected = run(tmp_path / "model.onnx", samples[0])
+    for optimize in (False, True):
+        noise = np.sum((expected - run(path, samples[0], optimize=optimize)) ** 2)
+        assert 10 * np.log10(np.sum(expected**2) / noise) > 28
 
 
 # --- the kernels that it is for -------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tracemalloc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,27 @@ def test_batches_shrink_to_what_memory_allows(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(sys.modules[measure.__module__], "FETCH_BYTES", 2 * 640)
     run(tmp_path, exact(), whole_numbers(6), opt=64, open_model=watched)
     assert watched.batches == [1, 2, 2, 1]
+
+
+def test_memory_does_not_grow_with_the_number_of_samples(tmp_path: Path) -> None:
+    def peak(count: int) -> int:
+        samples = [
+            {"x": np.random.default_rng(i).normal(size=(1, 3, 128, 128)).astype(np.float32)} for i in range(count)
+        ]
+        folder = tmp_path / str(count)
+        model = networks.save(networks.residual(blocks=1, size=64), folder / "model.onnx", opt=2)
+        data = networks.calibration(folder / "data", samples)
+        del samples
+        (folder / "out").mkdir()
+        tracemalloc.start()
+        observe(model, data, samples=512, min_samples=1, open_model=open_model, threads=1, out_dir=folder / "out")
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    few = peak(4)
+    assert peak(40) < 1.05 * few
+    assert few > 2 * 3 * 128 * 128 * 4  # or nothing was seen of what numpy holds
 
 
 def test_samples_of_other_shapes_have_batches_of_their_own(tmp_path: Path) -> None:
