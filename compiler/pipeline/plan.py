@@ -59,7 +59,7 @@ STAGES: Mapping[str, Stage] = {
     ),
     "observe": Stage(
         result=Statistics,
-        sources=("quantize/observe.py", "backends/onnxruntime.py"),
+        sources=("quantize/observe.py", "quantize/placement.py", "backends/onnxruntime.py"),
         packages=(*_GRAPH, *_ORT),
         error="CalibrationError",
     ),
