@@ -191,6 +191,12 @@ def markdown(report: Mapping[str, Any]) -> str:
             ("engine", "metric", "engine's", "original's", "change", "lost", "gained", "samples"),
             [_score_cells(engine["name"], score) for engine in engines for score in engine["scores"]],
         ),
+        "## Latency",
+        _grid(
+            ("candidate", "batch", "calls", "p50 ms", "p90 ms", "p99 ms", "samples/s", "speed-up"),
+            [_latency_cells(speed) for owner in (report["original"], *engines) for speed in owner["speeds"]],
+        ),
+        "A percentile is n/a where there are too few calls to bound it: 11 for p50, 64 for p90, 662 for p99.",
         "## Evidence",
         "\n".join(f"- {line}" for line in _evidence(report)),
         "## Engines",
@@ -219,6 +225,12 @@ def _score_cells(engine: str, score: Mapping[str, Any]) -> list[str]:
         str(score["gained"]) if counted else "",
         str(score["samples"]),
     ]
+
+
+def _latency_cells(speed: Mapping[str, Any]) -> list[str]:
+    batch, p50, p99, ratio = _speed_cells(speed, " ")
+    calls, p90, per_s = str(speed["samples"]), _ms(speed["p90_ms"]), f"{speed['per_s']:.4g}"
+    return [speed["candidate"], batch, calls, p50, p90, p99, per_s, ratio]
 
 
 def _evidence(report: Mapping[str, Any]) -> list[str]:
@@ -263,5 +275,5 @@ def _escape(text: str) -> str:
     text = re.sub(r"[\x00-\x1f\x7f\u202a-\u202e\u2066-\u2069]+", " ", text)
     text = re.sub(r"&(?=[#\w])", "&amp;", text)
     text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
-    text = re.sub(r"([|`\[\]])", r"\\\1", text)
+    text = re.sub(r"([|`]|(?<=\])\()", r"\\\1", text)
     return " ".join(text.split())
