@@ -13,10 +13,12 @@ Outliers are kept. Time spent is counted from the calls themselves, so the sched
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -35,6 +37,9 @@ WARM_LIMIT_S = 2.0
 MIN_CALLS = 3
 """Calls of a candidate in a block, however slow they are."""
 MAX_BLOCKS = 80
+
+BUSY_SHARE = 0.1
+"""Above this share of waiting for a core, a note says that the machine is not this run's own."""
 
 SEED = 0
 
@@ -92,9 +97,15 @@ def measure(
         def advance(blocks: int, wanted: int, index: int = index) -> None:
             progress(index * wanted + blocks, len(batches) * wanted)
 
+        before = _scheduled_ns()
         taken, more = _measure_batch(section, runners, feeds, batch, engine_sha256, undecided, advance)
         latencies.extend(taken)
         found.extend(more)
+        if (share := waiting_share(before, _scheduled_ns())) > BUSY_SHARE:
+            found.append(
+                f"batch {batch}: threads that could run waited {share:.0%} of the time for a core; other work shares this "
+                "machine and slows candidates unequally, so trust these ratios less than their bounds"
+            )
     return Latencies(
         latencies=tuple(latencies),
         platform=platform,
@@ -179,6 +190,31 @@ def _warm(runner: Runner, feeds: Feeds) -> tuple[float, bool]:
         steady = max(last) <= min(last) * (1 + STEADY_WITHIN)
         if spent_s >= WARM_LIMIT_S or (steady and spent_s >= WARM_S and len(last) == STEADY_BLOCKS):
             return call_s, steady
+
+
+def _scheduled_ns() -> tuple[int, int]:
+    """Nanoseconds that the threads of this process have run, and have waited for a core; zeros where unknown.
+
+    Source: https://docs.kernel.org/scheduler/sched-stats.html, /proc/<pid>/schedstat.
+    """
+    ran = waited = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError, ValueError):  # a thread may end while it is looked at
+            run_ns, wait_ns, _ = path.read_text().split()
+            ran, waited = ran + int(run_ns), waited + int(wait_ns)
+    return ran, waited
+
+
+def waiting_share(before: tuple[int, int], after: tuple[int, int]) -> float:
+    """Of the time in which threads could run, the share in which they waited for a core.
+
+    >>> waiting_share((10, 5), (40, 15))
+    0.25
+    >>> waiting_share((0, 0), (0, 0))
+    0.0
+    """
+    ran, waited = after[0] - before[0], after[1] - before[1]
+    return waited / (ran + waited) if ran > 0 and waited > 0 else 0.0
 
 
 def _load() -> float:
