@@ -332,6 +332,7 @@ def test_a_cache_that_is_a_file_is_refused(tmp_path: Path) -> None:
 def test_the_place_comes_from_the_argument_then_the_environment_then_the_user(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("BUILD_ENGINE_CACHE", raising=False)
     monkeypatch.setattr(platformdirs, "user_cache_dir", lambda name: str(tmp_path / "home" / name))
     assert Store.open().root == tmp_path / "home" / "build-engine"
     monkeypatch.setenv("BUILD_ENGINE_CACHE", str(tmp_path / "named"))
@@ -340,6 +341,7 @@ def test_the_place_comes_from_the_argument_then_the_environment_then_the_user(
 
 
 def test_the_limit_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BUILD_ENGINE_CACHE_GIB", raising=False)
     assert Store.open(tmp_path).limit_bytes == 20 << 30
     monkeypatch.setenv("BUILD_ENGINE_CACHE_GIB", "0.5")
     assert Store.open(tmp_path).limit_bytes == 1 << 29
