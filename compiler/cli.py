@@ -6,6 +6,7 @@ Click is the only import that every command pays for; each command imports what 
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -19,7 +20,7 @@ from typing import Any, NoReturn
 
 import click
 
-from compiler.errors import EXIT_INTERRUPTED, BuildEngineError
+from compiler.errors import EXIT_INTERRUPTED, BuildEngineError, from_os_error
 
 _BUILD = "build"
 
@@ -30,7 +31,7 @@ Exit codes:
   2 recipe or command line   8 a gate was missed
   3 model or export          9 artifact or disk
   4 graph pass              10 too little evidence to decide a gate
-  5 calibration data       130 interrupted
+  5 data or calibration    130 interrupted
 
 A recipe names Python code, and building runs it: build only recipes that you trust.
 """
@@ -94,6 +95,8 @@ def build(recipe: Path, **options: Any) -> int:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on standard output.")
 def verify(artifact: Path, recipe: Path | None, overrides: tuple[str, ...], as_json: bool) -> int:
     """Check that ARTIFACT (a folder, dist/<name>) is exactly what was written; nothing in it is loaded before that."""
+    if overrides and recipe is None:
+        raise click.UsageError("--set changes a recipe; name one with --recipe.")
     from compiler.pipeline import session
 
     return session.verify(artifact, recipe, overrides, as_json=as_json)
@@ -135,9 +138,14 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as exc:
+        if isinstance(exc, OSError) and exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            error = from_os_error(exc, Path(os.fsdecode(exc.filename or tempfile.gettempdir())))
+            click.echo(f"error: {error.message}", err=True)
+            sys.exit(error.exit_code)
+        click.echo(f"error: a bug in build-engine: {exc}", err=True)
         with tempfile.NamedTemporaryFile("w", prefix="build-engine-", suffix=".log", delete=False) as log:
             log.write(traceback.format_exc())
-        click.echo(f"error: a bug in build-engine: {exc}\nPlease report it; the traceback is in {log.name}", err=True)
+        click.echo(f"Please report it; the traceback is in {log.name}", err=True)
         sys.exit(1)
 
 

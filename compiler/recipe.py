@@ -8,6 +8,7 @@ imports a user's code or a heavy library.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,17 +20,18 @@ import tomli
 from msgspec import Meta, Struct
 
 from compiler.errors import RecipeError, suggest
-from compiler.spec import Dim, DimRange, Precision, TensorSpec
+from compiler.spec import Dim, DimRange, Precision, TensorSpec, batch_axis
 
 MAX_BYTES = 64 * 1024
 """A recipe is refused above this size before it is parsed: TOML parsers can be made to use gigabytes."""
 
 DTYPES = ("float32", "float64", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
 
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z"
 Fraction: TypeAlias = Annotated[float, Meta(gt=0, lt=1)]
 Positive: TypeAlias = Annotated[int, Meta(ge=1)]
 Tolerance: TypeAlias = Annotated[float, Meta(ge=0)]
-Name: TypeAlias = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+Name: TypeAlias = Annotated[str, Meta(pattern=NAME_PATTERN)]
 
 
 class _Section(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -82,7 +84,7 @@ class ExportSection(_Section, frozen=True, kw_only=True):
 
 
 class OptimizeSection(_Section, frozen=True, kw_only=True):
-    """``[optimize]``: graph passes to leave out, by name (``build-engine doctor`` lists them)."""
+    """``[optimize]``: graph passes to leave out, by name; see `compiler.optimize.registry`."""
 
     skip: tuple[str, ...] = ()
 
@@ -201,6 +203,12 @@ class Recipe(_Section, frozen=True, kw_only=True):
             for name, section in self.model.inputs.items()
         )
 
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Batch sizes to time: as asked, else the minimum and optimum of the batch axis, else 1."""
+        axis = self.axes.get(batch_axis(self.inputs) or "")
+        return self.latency.batches or ((1,) if axis is None else tuple(dict.fromkeys((axis.min, axis.opt))))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, defaults filled in: the resolved recipe that goes into the artifact."""
         return msgspec.to_builtins(self)  # type: ignore[no-any-return]
@@ -240,11 +248,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _read(path: Path) -> str:
-    if not path.exists():
-        raise RecipeError(f"{path}: no such file. Write one with 'build-engine init model.py'.")
-    if not path.is_file():
-        raise RecipeError(f"{path}: not a file; a recipe (TOML) was expected.")
     try:
+        if not path.exists():
+            raise RecipeError(f"{path}: no such file. Write one with 'build-engine init model.py'.")
+        if not path.is_file():
+            raise RecipeError(f"{path}: not a file; a recipe (TOML) was expected.")
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
@@ -309,10 +317,14 @@ def _decode(value: Any, kind: Any, path: tuple[str | int, ...], problems: list[_
             return None
         return tuple(_decode(item, arguments[0], (*path, index), problems) for index, item in enumerate(value))
     try:
-        return msgspec.convert(value, kind)
+        converted = msgspec.convert(value, kind)
     except msgspec.ValidationError as exc:
         problems.append(_Problem(path, _explain(value, kind, str(exc))))
         return None
+    if isinstance(converted, float) and not math.isfinite(converted):
+        problems.append(_Problem(path, f"found {_show(value)}; a finite number was expected."))
+        return None
+    return converted
 
 
 def _decode_table(value: Any, kind: type[Struct], path: tuple[str | int, ...], problems: list[_Problem]) -> Any:
@@ -353,9 +365,7 @@ def _explain(value: Any, kind: Any, message: str) -> str:
     where = f" at {found[1].lstrip('.')}" if found else ""
     expected = re.sub(r" - at .*$", "", message)
     expected = re.sub(r"Expected `([^`]*)`(, got `[^`]*`)?", lambda m: f"expected {_kind_name(m[1])}", expected)
-    expected = expected.replace(
-        " matching regex '^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$'", " of letters, digits, '.', '_' or '-'"
-    )
+    expected = expected.replace(f" matching regex {NAME_PATTERN!r}", " of letters, digits, '.', '_' or '-'")
     return f"found {_show(value)}{where}; {expected[:1].lower()}{expected[1:]}."
 
 
@@ -433,7 +443,7 @@ def _check_axes(recipe: Recipe) -> Iterator[_Problem]:
             yield _Problem(where, f"min is {axis.min}; at least 1 was expected.")
         elif not axis.min <= axis.opt <= axis.max:
             yield _Problem(where, f"min {axis.min}, opt {axis.opt}, max {axis.max}; min <= opt <= max was expected.")
-    batch = next((s.shape[0] for s in recipe.model.inputs.values() if s.shape and isinstance(s.shape[0], str)), None)
+    batch = batch_axis(recipe.inputs)
     for size in recipe.latency.batches:
         axis_range = recipe.axes.get(batch) if batch else None
         if axis_range is None and size != 1:
@@ -490,8 +500,8 @@ def _check_gates(recipe: Recipe) -> Iterator[_Problem]:
             yield _Problem((*where, "engine"), f"no engine is named '{gate.engine}'; {suggest(gate.engine, names)}")
         if gate.batch is not None and gate.metric not in SPEED_METRICS:
             yield _Problem((*where, "batch"), f"'{gate.metric}' does not depend on the batch size. Remove it.")
-        if gate.batch is not None and recipe.latency.batches and gate.batch not in recipe.latency.batches:
-            timed = ", ".join(map(str, recipe.latency.batches))
+        if gate.batch is not None and gate.batch not in recipe.batches:
+            timed = ", ".join(map(str, recipe.batches))
             yield _Problem(
                 (*where, "batch"), f"batch {gate.batch} is not timed; expected one of {timed} (latency.batches)."
             )

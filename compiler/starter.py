@@ -1,12 +1,14 @@
 """``build-engine init model.py``: run a model file once, and write the recipe that fits it.
 
-`inspect` is a stage (it runs user code, so in a child); `write` turns what it saw into TOML.
+`inspect` is a stage (it runs user code, so in a child); `render` turns what it saw into TOML.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import numpy as np
 
 from compiler import source
 from compiler.errors import CalibrationError, RecipeError
+from compiler.recipe import DTYPES
 from compiler.spec import Array, Dim, DimRange, Interface, TensorSpec
 
 _LOOK_AT = 16
@@ -44,12 +47,18 @@ def inspect(path: Path) -> Interface:
                 f"{path}: {what} yields {type(feeds).__name__}; a dict of arrays by input name was expected. Yield one."
             )
         for name, array in feeds.items():
-            seen.setdefault(name, []).append(array.detach().cpu().numpy() if hasattr(array, "detach") else array)
+            value = np.asarray(array.detach().cpu().numpy() if hasattr(array, "detach") else array)
+            if value.ndim == 0 or value.dtype.name not in DTYPES:
+                raise CalibrationError(
+                    f"{path}: {what} yields input '{name}' as {value.dtype.name} of rank {value.ndim}; an array with a "
+                    f"batch axis, of {', '.join(DTYPES)}, was expected."
+                )
+            seen.setdefault(name, []).append(value)
     if not seen:
         raise CalibrationError(f"{path}: {what} yields nothing; at least one sample was expected.")
     axes: dict[str, DimRange] = {"batch": DimRange(min=1, opt=8, max=_MAX_BATCH)}
     inputs = tuple(_describe(name, arrays, axes) for name, arrays in seen.items())
-    metrics = [name for kind in ("metrics", "losses", "agreements") for name in getattr(module, kind, {})]
+    metrics = [name for kind in ("metrics", "losses") for name in getattr(module, kind, {})]
     return Interface(inputs=inputs, axes=axes, metrics=tuple(metrics), calibrated=calibrated)
 
 
@@ -69,7 +78,8 @@ def _describe(name: str, arrays: list[Array], axes: dict[str, DimRange]) -> Tens
         else:
             # Inputs that vary together (token ids and their mask) share one axis.
             spread = DimRange(min=min(sizes), opt=int(np.median(sorted(sizes))), max=max(sizes))
-            axis = next((known for known, other in axes.items() if other == spread), f"axis{position}_{name}")
+            alike = (known for known, other in axes.items() if other == spread and known != "batch")
+            axis = next(alike, f"axis{position}_{name}")
             axes[axis] = spread
             shape.append(axis)
     return TensorSpec(name=name, dtype=arrays[0].dtype.name, shape=tuple(shape))
@@ -78,7 +88,7 @@ def _describe(name: str, arrays: list[Array], axes: dict[str, DimRange]) -> Tens
 def render(model: Path, folder: Path, interface: Interface) -> str:
     """The recipe as TOML text; ``folder`` is where it will stand."""
     relative = Path(os.path.relpath(model, folder))
-    lines = [f'name = "{_name(model.stem)}"', "", "[model]", f'source = "{relative.as_posix()}"']
+    lines = [f'name = "{_name(model.stem)}"', "", "[model]", f"source = {json.dumps(relative.as_posix())}"]
     lines.append('# weights = "weights.safetensors"')
     for spec in interface.inputs:
         dims = ", ".join(str(dim) if isinstance(dim, int) else f'"{dim}"' for dim in spec.shape)
@@ -98,5 +108,5 @@ def render(model: Path, folder: Path, interface: Interface) -> str:
 
 
 def _name(stem: str) -> str:
-    kept = "".join(character if character.isalnum() or character in "._-" else "-" for character in stem)
-    return kept.strip(".-_") or "model"
+    """A name that a recipe may have."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", stem).strip(".-_")[:100] or "model"

@@ -66,7 +66,7 @@ def test_only_what_depends_on_a_changed_key_is_run_again(workshop: Workshop) -> 
         arguments = [argument for change in changes for argument in ("--set", change)]
         shown = workshop.run("points.toml", "--plan", *arguments)
         assert shown.returncode == 0, shown.stderr
-        return {line.split()[0] for line in shown.stderr.splitlines() if " miss " in line}
+        return {line.split()[0] for line in shown.stdout.splitlines() if " miss " in line}
 
     int8 = {"quantize:int8", "build:int8", "accuracy:int8", "latency"}
     everything = {"data", "export", "reference", "optimize", "observe", "build:fp32", "accuracy:fp32"} | int8
@@ -180,10 +180,10 @@ def test_verify_finds_one_flipped_bit_and_validates_again_on_request(workshop: W
     assert workshop.run("points.toml").returncode == 0
     clean = workshop.run("verify", "dist/points")
     assert clean.returncode == 0
-    assert re.search(r"dist/points: \d+ files, every byte as written", clean.stderr)
+    assert re.search(r"dist/points: \d+ files, every byte as written", clean.stdout)
     again = workshop.run("verify", "dist/points", "--recipe", "points.toml")
     assert again.returncode == 0, again.stderr
-    assert "pass: int8: top1 drop <= 0.1 (95%)" in again.stderr
+    assert "pass: int8: top1 drop <= 0.1 (95%)" in again.stdout
     engine = workshop.folder / "dist/points/engines/int8/engine.onnx"
     content = bytearray(engine.read_bytes())
     content[len(content) // 2] ^= 1
@@ -319,9 +319,9 @@ def test_init_writes_a_recipe_that_builds(workshop: Workshop) -> None:
 def test_doctor_says_what_is_there(workshop: Workshop) -> None:
     done = workshop.run("doctor")
     assert done.returncode == 0
-    assert "✓ onnxruntime" in done.stderr
-    assert "✗ tensorrt" in done.stderr
-    assert "store" in done.stderr
+    assert "✓ onnxruntime" in done.stdout
+    assert "✗ tensorrt" in done.stdout
+    assert str(workshop.store) in done.stdout
 
 
 def test_keep_going_finishes_the_other_engines(workshop: Workshop, change: Change) -> None:
@@ -412,3 +412,55 @@ def test_the_manifest_holds_everything_that_identifies_the_run(workshop: Worksho
     assert engine["axes"] == {"batch": {"max": 64, "min": 1, "opt": 8}}
     assert [verdict["outcome"] for verdict in manifest["verdicts"]] == ["pass", "pass"]
     assert all(scores["engine_sha256"] for scores in manifest["scores"])
+
+
+def test_a_newer_failure_is_not_hidden_by_an_older_pass(workshop: Workshop) -> None:
+    assert workshop.run("points.toml").returncode == 0
+    shutil.copytree(workshop.folder / "dist/points", workshop.folder / "dist/points.rejected")
+    rejected = workshop.folder / "dist/points.rejected/report.json"
+    content = json.loads(rejected.read_bytes())
+    rejected.write_text(json.dumps(content | {"finished": "9999-01-01T00:00:00.000+00:00", "outcome": "inconclusive"}))
+    again = workshop.run("points.toml")
+    assert "unchanged since" not in again.stderr
+    assert "✓ time" in again.stderr
+
+
+def test_a_reader_that_goes_away_costs_neither_the_artifact_nor_the_exit_code(
+    workshop: Workshop, change: Change
+) -> None:
+    change("points.toml", 'metric = "top1"\nmax_drop = 0.1', 'metric = "sqnr_db"\nengine = "int8"\nmin = 90')
+    command = f"'{sys.executable}' -m compiler.cli points.toml --json | head -c 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=workshop.folder, env={**os.environ, "BUILD_ENGINE_CACHE": str(workshop.store)}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 8, done.stderr
+    assert workshop.report("dist/points.rejected")["outcome"] == "fail"
+
+
+def test_a_gate_on_the_value_itself_shows_no_drop(workshop: Workshop, change: Change) -> None:
+    change("points.toml", "max_drop = 0.1", "min = 0.5")
+    done = workshop.run("points.toml")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"fp32 +0\.0\d +top1 1\.0000 +\[0\.99\d+, 1\.0000\]", done.stderr)
+
+
+def test_brackets_in_a_path_are_printed_as_they_are(workshop: Workshop) -> None:
+    done = workshop.run("points.toml", "--output", "out[v2][/x]")
+    assert done.returncode == 0, done.stderr
+    assert "pass: out[v2][/x]/points" in done.stderr
+
+
+def test_init_needs_a_folder_that_exists(workshop: Workshop) -> None:
+    done = workshop.run("init", "points.py", "--output", "nowhere/points.toml")
+    assert done.returncode == 9
+    assert "error: nowhere/points.toml: cannot write: No such file or directory." in done.stderr
+
+
+def test_the_traceback_of_user_code_is_where_the_message_says(workshop: Workshop, change: Change) -> None:
+    change("points.py", "    return Points()", "    raise ValueError('no weights today')")
+    for cached in ((), ("--no-cache",)):
+        done = workshop.run("points.toml", *cached)
+        log = re.search(r"the full traceback is in (.*\.log)\.", done.stderr)
+        assert log is not None, done.stderr
+        assert "ValueError: no weights today" in Path(log[1]).read_text()

@@ -106,6 +106,7 @@ def test_the_message_of_one_mistake(tmp_path: Path, change: tuple[str, str], mes
         ('[[engines]]\nprecision = "fp16"\nrest = "bf16"', "r.toml:14: [engines #1] rest: only an INT8 engine has a rest; this one is fp16. Remove it."),
         ('[latency]\nbatches = [128]', "r.toml:13: [latency] batches: batch 128 is outside axis 'batch', 1 to 64."),
         ('[latency]\nbatches = [1]\n[[gates]]\nmetric = "p50_ms"\nmax = 1\nbatch = 8', "r.toml:17: [gates #1] batch: batch 8 is not timed; expected one of 1 (latency.batches)."),
+        ('[quantize]\nmin_sqnr_db = -inf', "r.toml:13: [quantize] min_sqnr_db: found -inf; a finite number was expected."),
         ('[data]\nsource = "x.csv"', "r.toml:13: [data] source: found 'x.csv'; a Python file was expected."),
         ('[quantize]\nmethod = "kl"', "r.toml:13: [quantize] method: found 'kl'; expected one of minmax, percentile, entropy, mse."),
         ('[quantize]\npercentile = 3.0', "r.toml:13: [quantize] percentile: found 3.0; expected a number > 50.0."),

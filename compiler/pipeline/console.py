@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -86,9 +86,10 @@ _FULL_WIDTH = 120
 """Columns that the table of engines needs on one line per row; a file or a pipe gets them."""
 
 
-def make() -> Console:
-    """A console on standard error."""
-    return Console(file=sys.stderr, highlight=False, width=None if sys.stderr.isatty() else 2 * _FULL_WIDTH)
+def make(file: TextIO | None = None) -> Console:
+    """A console on standard error, or on ``file``. Brackets in what it prints are brackets, not markup."""
+    file = file or sys.stderr
+    return Console(file=file, highlight=False, markup=False, width=None if file.isatty() else 2 * _FULL_WIDTH)
 
 
 def show_plan(console: Console, plan: Plan, hits: Mapping[str, bool]) -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from compiler import backends
+from compiler.errors import BuildEngineError
 from compiler.pipeline.store import Store, size_bytes
 
 _PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime-gpu", "onnxruntime", "tensorrt", "numpy")
@@ -20,7 +21,7 @@ _EXTRAS = {
 """Extra -> (importable name, distribution) of what it brings."""
 
 
-def examine(console: Console, store: Store) -> None:
+def examine(console: Console) -> None:
     """Print one line per back end, extra, package and the store. Loads none of them."""
     machine = backends.get("onnxruntime").platform()
     console.print(
@@ -39,11 +40,13 @@ def examine(console: Console, store: Store) -> None:
         said = "installed" if not lacking else f"{', '.join(lacking)} missing. pip install 'build-engine[{extra}]'"
         _line(console, extra, said, good=not lacking)
     console.print("\nstore", style="bold")
-    if store.warning:
-        _line(console, "store", store.warning, good=False)
-    else:
-        used, limit = size_bytes(store.root) / 2**30, store.limit_bytes / 2**30
-        _line(console, "store", f"{store.root}, {used:.2f} of {limit:.0f} GiB used", good=True)
+    try:
+        with Store.open() as store:
+            used, limit = size_bytes(store.root) / 2**30, store.limit_bytes / 2**30
+            said = store.warning or f"{store.root}, {used:.2f} of {limit:.0f} GiB used"
+            _line(console, "store", said, good=store.warning is None)
+    except BuildEngineError as exc:
+        _line(console, "store", exc.message, good=False)
 
 
 def _versions() -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
+import os
 import platform
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
@@ -49,7 +50,10 @@ STAGES: Mapping[str, Stage] = {
         error="ExportError",
     ),
     "reference": Stage(
-        result=Outputs, sources=("export.py",), packages=("torch", "transformers", *_ORT), error="ExportError"
+        result=Outputs,
+        sources=("export.py", "backends/onnxruntime.py"),
+        packages=("torch", "transformers", *_GRAPH, *_ORT),
+        error="ExportError",
     ),
     "optimize": Stage(
         result=OnnxModel,
@@ -188,7 +192,14 @@ def make(
             )
         name, _ = backends.choose(engine)
         built[engine.label] = add(
-            "build", {"model": ready}, {"backend": name, **backends.get(name).fingerprint()}, engine
+            "build",
+            {"model": ready},
+            {
+                "backend": name,
+                "threads": recipe.latency.threads or usable_threads(),
+                **backends.get(name).fingerprint(),
+            },
+            engine,
         )
     for engine in recipe.engines:
         add(
@@ -221,6 +232,11 @@ def for_engines(plan: Plan, engines: Mapping[str, Engine]) -> Plan:
         keys[step.id] = step.key
         steps.append(step)
     return Plan(steps=tuple(steps), run_key=plan.run_key)
+
+
+def usable_threads() -> int:
+    """CPU threads that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _quantize_section(recipe: Recipe, engine: EngineSection) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ failed step with a reason, and its memory is gone. The price is an interpreter s
 from __future__ import annotations
 
 import contextlib
+import getpass
 import json
 import os
 import shutil
@@ -22,7 +23,7 @@ from typing import Any, Protocol
 
 from compiler import codec, errors
 from compiler.errors import BuildEngineError
-from compiler.pipeline.plan import STAGES, Plan, Step
+from compiler.pipeline.plan import STAGES, Plan, Step, usable_threads
 from compiler.pipeline.store import Store
 from compiler.pipeline.worker import RESULT
 from compiler.recipe import ModelSection, Recipe
@@ -96,17 +97,18 @@ def execute(
     Raises:
         BuildEngineError: whatever a step raised, unless ``keep_going`` confines it to one engine.
     """
-    finished = Finished()
+    run = _Run(plan=plan, recipe=recipe, base=base, store=store, watcher=watcher, threads=threads)
+    finished = run.finished
     for step in plan.steps:
-        lost = [needed for needed in step.needs.values() if needed not in finished.values]
-        needs = step.needs
-        if lost and step.engine is not None:
+        # An engine's own step falls with what it needs; a step for all engines goes on with those that are left.
+        needs = {name: id for name, id in step.needs.items() if id in finished.values}
+        if step.engine is not None and needs != step.needs:
             continue
-        if lost:  # a step for all engines goes on with those that are left
-            needs = {name: id for name, id in step.needs.items() if id not in lost}
+        if step.stage == "latency" and finished.failures and not any(name.startswith("engine:") for name in needs):
+            continue
         watcher.started(step)
         try:
-            _fulfil(plan, step, needs, recipe, base, store, watcher, threads, step.id in fresh, bool(lost), finished)
+            run.fulfil(step, needs, fresh=step.id in fresh)
         except BuildEngineError as exc:
             record = StepRecord(id=step.id, key=step.key, hit=False, seconds=0.0, peak_mib=None, error=exc.message)
             finished.records.append(record)
@@ -117,49 +119,48 @@ def execute(
     return finished
 
 
-def _fulfil(
-    plan: Plan,
-    step: Step,
-    needs: Mapping[str, str],
-    recipe: Recipe,
-    base: Path,
-    store: Store,
-    watcher: Watcher,
-    threads: int,
-    fresh: bool,
-    partial: bool,
-    finished: Finished,
-) -> None:
-    """Find or make one step's result and enter it in ``finished``."""
-    # With an engine missing, the step answers another question than its key says: it must not be stored under it.
-    key = codec.key({"partial": step.key, "needs": sorted(needs)}) if partial else step.key
-    if fresh:
-        store.discard(key)
-    with store.fill(key, waiting=watcher.waiting) as filling:
-        if filling.hit is None:
-            began = time.monotonic()
-            inputs = {
-                name: {"stage": plan.step(id).stage, "folder": str(finished.folders[id])} for name, id in needs.items()
-            }
-            peak_mib = _run_child(
-                step,
-                _job(step, recipe, base, inputs, filling.folder, threads=threads),
-                store,
-                store.log_path(key),
-                watcher,
-            )
-            took = {"seconds": round(time.monotonic() - began, 3), "peak_mib": peak_mib}
-            (filling.folder / TOOK).write_text(json.dumps(took))
-    folder = filling.published
-    value: Any = codec.load((folder / RESULT).read_bytes(), STAGES[step.stage].result, folder)
-    took = json.loads((folder / TOOK).read_text())
-    record = StepRecord(
-        id=step.id, key=key, hit=filling.hit is not None, seconds=took["seconds"], peak_mib=took["peak_mib"]
-    )
-    finished.values[step.id] = value
-    finished.folders[step.id] = folder
-    finished.records.append(record)
-    watcher.finished(step, record)
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """What all steps of a run share."""
+
+    plan: Plan
+    recipe: Recipe
+    base: Path
+    store: Store
+    watcher: Watcher
+    threads: int
+    finished: Finished = field(default_factory=Finished)
+
+    def fulfil(self, step: Step, needs: Mapping[str, str], *, fresh: bool) -> None:
+        """Find or make one step's result and enter it in ``finished``."""
+        key = step.key
+        if needs != step.needs:  # with an engine missing it answers another question than its key says
+            key = codec.key({"partial": step.key, "needs": sorted(needs)})
+        if fresh:
+            self.store.discard(key)
+        with self.store.fill(key, waiting=self.watcher.waiting) as filling:
+            if filling.hit is None:
+                self._make(step, needs, key, filling.folder)
+        folder = filling.published
+        took = json.loads((folder / TOOK).read_text())
+        record = StepRecord(
+            id=step.id, key=key, hit=filling.hit is not None, seconds=took["seconds"], peak_mib=took["peak_mib"]
+        )
+        self.finished.values[step.id] = codec.load((folder / RESULT).read_bytes(), STAGES[step.stage].result, folder)
+        self.finished.folders[step.id] = folder
+        self.finished.records.append(record)
+        self.watcher.finished(step, record)
+
+    def _make(self, step: Step, needs: Mapping[str, str], key: str, folder: Path) -> None:
+        began = time.monotonic()
+        inputs = {
+            name: {"stage": self.plan.step(id).stage, "folder": str(self.finished.folders[id])}
+            for name, id in needs.items()
+        }
+        job = _job(step, self.recipe, self.base, inputs, folder, threads=self.threads)
+        peak_mib = _run_child(step, job, self.store.log_path(key), self.watcher)
+        took = {"seconds": round(time.monotonic() - began, 3), "peak_mib": peak_mib}
+        (folder / TOOK).write_text(json.dumps(took))
 
 
 def _job(
@@ -180,7 +181,7 @@ def _job(
     }
 
 
-def _run_child(step: Step, job: dict[str, Any], store: Store, log_path: Path, watcher: Watcher) -> int | None:
+def _run_child(step: Step, job: dict[str, Any], log_path: Path, watcher: Watcher) -> int | None:
     """Run one step in a child; returns its peak resident memory in MiB."""
     end: dict[str, Any] | None = None
     with tempfile.TemporaryDirectory(prefix="build-engine-") as scratch, log_path.open("wb") as log:
@@ -204,7 +205,8 @@ def _run_child(step: Step, job: dict[str, Any], store: Store, log_path: Path, wa
                 "TOKENIZERS_PARALLELISM": "false",
                 "HF_HUB_DISABLE_TELEMETRY": "1",
                 "TMPDIR": scratch,
-                "TORCHINDUCTOR_CACHE_DIR": str(store.root / "torchinductor"),
+                # Beside the step's own scratch folder, where torch looks for it in any other program of this user.
+                "TORCHINDUCTOR_CACHE_DIR": f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}",
             },
         )
         os.close(writer)
@@ -232,7 +234,8 @@ def _failure(step: Step, code: int, end: Mapping[str, Any] | None, log_path: Pat
     if end is not None and end["error"] is not None:
         if not log_path.stat().st_size:
             log_path.unlink()
-        return errors.BY_NAME[end["error"]](end["message"])
+        # Errors in user code point at "the log", which only this process knows.
+        return errors.BY_NAME[end["error"]](end["message"].replace("is in the log.", f"is in {log_path}."))
     if end is not None:
         return StepBugError(f"step {step.id}: {end['message']}; its log is {log_path}")
     died = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code} and no result"
@@ -275,7 +278,7 @@ def inspect(model: Path) -> Interface:
         folder = store.root / "inspect"
         folder.mkdir()
         job = _job(step, recipe, model.absolute().parent, {}, folder, threads=usable_threads())
-        _run_child(step, job, store, store.root / "inspect.log", _Unwatched())
+        _run_child(step, job, store.log_path("inspect"), _Unwatched())
         return codec.load((folder / RESULT).read_bytes(), Interface, folder)
 
 
@@ -286,8 +289,3 @@ class _Unwatched:
     def progressed(self, _step: Step, done: int, total: int) -> None: ...
     def finished(self, step: Step, record: StepRecord) -> None: ...
     def waiting(self, holder: str) -> None: ...
-
-
-def usable_threads() -> int:
-    """CPU threads that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

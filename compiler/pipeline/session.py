@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -11,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from compiler import artifact, backends, report, source
+from compiler import artifact, backends, durable, report, source
 from compiler import recipe as recipes
 from compiler.errors import ArtifactError, BuildEngineError, GateFailedError, InconclusiveError, RecipeError
 from compiler.pipeline import plan as plans
@@ -64,24 +65,35 @@ def machine() -> Mapping[str, str]:
 def _show_plan(plan: plans.Plan, store: Store) -> int:
     from compiler.pipeline import console
 
-    console.show_plan(console.make(), plan, {step.id: store.peek(step.key) for step in plan.steps})
+    if store.warning:
+        console.make().print(f"warning: {store.warning}", style="yellow")
+    console.show_plan(console.make(sys.stdout), plan, {step.id: store.peek(step.key) for step in plan.steps})
     return 0
 
 
 def _unchanged(output: Path, name: str, run_key: str) -> Mapping[str, Any] | None:
     """The report of an artifact that answers this very question, if there is one: unharmed, complete and decided."""
+    folder, known = _last(output, name)
+    if folder is None or known["run_key"] != run_key or known["outcome"] == Outcome.INCONCLUSIVE or known["failures"]:
+        return None
+    try:
+        sound = artifact.verify(folder).run_key == run_key
+    except ArtifactError:
+        return None
+    return {**known, "folder": str(folder)} if sound else None
+
+
+def _last(output: Path, name: str) -> tuple[Path | None, dict[str, Any]]:
+    """The newer of what passed and what was rejected, and its report: a newer failure is not hidden by an older pass."""
+    found: list[tuple[str, Path, dict[str, Any]]] = []
     for folder in (output / name, output / rejected(name)):
-        if not (folder / artifact.MANIFEST).is_file():
-            continue
         try:
-            manifest = artifact.verify(folder)
-        except ArtifactError:
+            content = json.loads((folder / "report.json").read_bytes())
+            found.append((content["finished"], folder, content))
+        except (OSError, ValueError, KeyError, TypeError):
             continue
-        if manifest.run_key == run_key:
-            known: dict[str, Any] = json.loads((folder / "report.json").read_bytes())
-            if known["outcome"] != Outcome.INCONCLUSIVE and not known["failures"]:
-                return {**known, "folder": str(folder)}
-    return None
+    _, newest, content = max(found, default=("", None, {}), key=lambda entry: entry[0])
+    return newest, content
 
 
 def rejected(name: str) -> str:
@@ -104,10 +116,15 @@ def _announce(known: Mapping[str, Any], options: Options) -> int:
 def _print_report(content: Mapping[str, Any], options: Options) -> None:
     from compiler.pipeline import console
 
-    if options.as_json:
-        sys.stdout.write(json.dumps({key: content[key] for key in content if key != "folder"}, indent=1) + "\n")
-    else:
+    if not options.as_json:
         console.show_report(console.make(), content)
+        return
+    try:
+        sys.stdout.write(json.dumps({key: content[key] for key in content if key != "folder"}, indent=1) + "\n")
+        sys.stdout.flush()
+    except OSError as exc:  # whoever read it is gone, or its disk is full; the exit code still tells the verdict
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        console.make().print(f"warning: the report could not be printed: {exc.strerror}", style="yellow")
 
 
 def _build(recipe: recipes.Recipe, base: Path, plan: plans.Plan, store: Store, options: Options) -> int:
@@ -116,22 +133,17 @@ def _build(recipe: recipes.Recipe, base: Path, plan: plans.Plan, store: Store, o
     out = console.make()
     if store.warning:
         out.print(f"warning: {store.warning}", style="yellow")
-    threads = recipe.latency.threads or run.usable_threads()
-    fresh = frozenset({"latency"} if options.remeasure or _was_inconclusive(options.output, recipe.name) else ())
+    threads = recipe.latency.threads or plans.usable_threads()
+    # An undecided verdict may be the work of noise: then latency is measured again.
+    undecided = _last(options.output, recipe.name)[1].get("outcome") == Outcome.INCONCLUSIVE
+    fresh = frozenset({"latency"} if options.remeasure or undecided else ())
     with console.ConsoleWatcher(out) as watcher:
         finished = run.execute(
             plan, recipe, base, store, watcher, threads=threads, keep_going=options.keep_going, fresh=fresh
         )
+    for event in store.events:
+        out.print(f"warning: {event}", style="yellow")
     return conclude(recipe, plan, finished, options, out)
-
-
-def _was_inconclusive(output: Path, name: str) -> bool:
-    """Whether the last verdict was undecided: then noise may be the reason, and latency is measured again."""
-    try:
-        last = json.loads((output / rejected(name) / "report.json").read_bytes())
-        return bool(last["outcome"] == Outcome.INCONCLUSIVE)
-    except (OSError, ValueError, KeyError):
-        return False
 
 
 def conclude(recipe: recipes.Recipe, plan: plans.Plan, finished: Any, options: Options, out: Any) -> int:
@@ -147,7 +159,7 @@ def conclude(recipe: recipes.Recipe, plan: plans.Plan, finished: Any, options: O
     latencies = values.get("latency")
     verdicts = judge.judge(recipe.gates, engines, scores, latencies, original_bytes)
     outcome = worst(verdicts, failed=bool(finished.failures))
-    now = datetime.now(UTC).isoformat(timespec="seconds")
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
     content = report.assemble(
         name=recipe.name,
         run_key=plan.run_key,
@@ -169,12 +181,12 @@ def conclude(recipe: recipes.Recipe, plan: plans.Plan, finished: Any, options: O
         steps=[asdict(record) for record in finished.records],
         failures={engine: error.message for engine, error in finished.failures.items()},
     )
-    _print_report(content, options)
     code = _EXIT[outcome]
     if finished.failures:
         code = next(iter(finished.failures.values())).exit_code
     name = recipe.name if outcome is Outcome.PASS else rejected(recipe.name)
     folder = options.output / name
+    lost: BuildEngineError | None = None
     try:
         artifact.publish(
             folder,
@@ -193,10 +205,14 @@ def conclude(recipe: recipes.Recipe, plan: plans.Plan, finished: Any, options: O
             now=now,
         )
     except BuildEngineError as exc:
-        if code:  # the verdict is what a pipeline waits for: a full disk must not hide it
-            out.print(f"warning: the report could not be written: {exc.message}", style="yellow")
-            return code
-        raise
+        lost = exc
+    _print_report(content, options)
+    if lost is not None:
+        if not code:
+            raise lost
+        # The verdict is what a pipeline waits for: a full disk must not hide it.
+        out.print(f"warning: the report could not be written: {lost.message}", style="yellow")
+        return code
     style = {Outcome.PASS: "green", Outcome.FAIL: "bold red", Outcome.INCONCLUSIVE: "yellow"}[outcome]
     kept = "" if outcome is Outcome.PASS else f" ({options.output / recipe.name} is left as it was)"
     out.print(f"\n{outcome.value}: {folder}{kept}", style=style)
@@ -230,7 +246,7 @@ def verify(folder: Path, recipe_path: Path | None, overrides: tuple[str, ...], *
         return code
     from compiler.pipeline import console
 
-    out = console.make()
+    out = console.make(sys.stdout)
     out.print(f"{folder}: {len(manifest.files) + 1} files, every byte as written {manifest.created}", style="green")
     for gate in gates:
         out.print(f"{gate.outcome.value}: {gate.engine}: {gate.gate}: {gate.reason}")
@@ -259,7 +275,7 @@ def _validate_again(manifest: artifact.Manifest, recipe_path: Path, overrides: t
         for name, engine in engines.items():
             with store.fill(plan.step(f"build:{name}").key) as filling:
                 run.adopt(engine, filling.folder)
-        threads = recipe.latency.threads or run.usable_threads()
+        threads = recipe.latency.threads or plans.usable_threads()
         with console.ConsoleWatcher(out) as watcher:
             finished = run.execute(plan, recipe, base, store, watcher, threads=threads, keep_going=False)
         scores = {name: finished.values[f"accuracy:{name}"] for name in engines}
@@ -269,11 +285,10 @@ def _validate_again(manifest: artifact.Manifest, recipe_path: Path, overrides: t
 
 
 def doctor() -> int:
-    """Print what is available; always 0."""
+    """Print what is available; 0 whatever is missing."""
     from compiler.pipeline import console, doctor
 
-    with Store.open() as store:
-        doctor.examine(console.make(), store)
+    doctor.examine(console.make(sys.stdout))
     return 0
 
 
@@ -291,6 +306,7 @@ def init(model: Path, output: Path | None) -> int:
         raise RecipeError(f"{target}: exists already. Choose another file with --output.")
     interface = run.inspect(model)
     text = starter.render(model, target.parent, interface)
-    target.write_text(text)
+    with durable.translating(target):
+        target.write_text(text)
     console.make().print(f"{target}: written. Next: build-engine {target}")
     return 0

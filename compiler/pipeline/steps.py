@@ -197,7 +197,7 @@ def _latency(job: Job) -> Latencies:
     def feeds_at(batch: int) -> Feeds:
         return samples.batch([index % len(samples) for index in range(batch)]) if axis else samples.feeds(0)
 
-    batches = job.recipe.latency.batches or default_batches(job.recipe)
+    batches = job.recipe.batches
     if job.recipe.latency.compile:
         try:
             compiled = original(compiled=True)
@@ -224,14 +224,6 @@ def _latency(job: Job) -> Latencies:
         progress=job.progress,
         notes=tuple(notes),
     )
-
-
-def default_batches(recipe: Recipe) -> tuple[int, ...]:
-    """Minimum and optimum of the batch axis; ``(1,)`` where no input has one."""
-    axis = batch_axis(recipe.inputs)
-    if axis is None:
-        return (1,)
-    return tuple(dict.fromkeys((recipe.axes[axis].min, recipe.axes[axis].opt)))
 
 
 def _inspect(job: Job) -> Interface:

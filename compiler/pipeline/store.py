@@ -190,7 +190,9 @@ class Store:
         return found
 
     def log_path(self, key: str) -> Path:
-        """Where the output of a step belongs that fails, or may."""
+        """Where the output of a step belongs that fails, or may; it outlives a temporary store."""
+        if self._temporary:
+            return Path(tempfile.gettempdir()) / f"build-engine-{key[:16]}.log"
         return self.root / "logs" / f"{key}.log"
 
     def _places(self, key: str) -> list[Path]:

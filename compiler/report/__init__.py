@@ -158,7 +158,8 @@ def _main_score(engine: Mapping[str, Any], separator: str) -> tuple[str, str]:
     metric = f"{name}{separator}{_number(scores[name]['value'])}"
     if gate is None:
         return metric, ""
-    drop = f"drop {gate['measured']:.4f}" if scores[name]["change"] is not None and gate["measured"] is not None else ""
+    on_drop = " drop <= " in gate["gate"] and gate["measured"] is not None
+    drop = f"drop {gate['measured']:.4f}" if on_drop else ""
     bounds = "" if gate["low"] is None or gate["high"] is None else f"[{_number(gate['low'])}, {_number(gate['high'])}]"
     return metric, separator.join(part for part in (drop, bounds) if part)
 
