@@ -168,8 +168,9 @@ class GateSection(_Section, frozen=True, kw_only=True):
             else f"<= {self.max:g}"
         )
         batch = f" at batch {self.batch}" if self.batch else ""
+        over = f" over {self.against}" if self.against != "original" else ""
         confidence = "" if self.metric in SIZE_METRICS else f" ({self.confidence:.0%})"
-        return f"{self.metric} {limit}{batch}{confidence}"
+        return f"{self.metric}{over} {limit}{batch}{confidence}"
 
 
 SPEED_METRICS = frozenset({"speedup_p50", "p50_ms", "p90_ms", "p99_ms", "per_s"})
