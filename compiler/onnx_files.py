@@ -282,3 +282,23 @@ def _expanded_nodes(path: Path, proto: onnx.ModelProto) -> int:
         return total
 
     return count(proto.graph.node, 0)
+
+
+class FreeNames:
+    """Names that nothing in a model has: no value, node or weight, in no graph of it."""
+
+    def __init__(self, main: ir.Graph) -> None:
+        self._taken: set[str | None] = set()
+        for graph in (main, *main.subgraphs()):
+            self._taken.update(value.name for value in graph.inputs)
+            self._taken.update(graph.initializers)
+            self._taken.update(name for node in graph for name in (node.name, *(o.name for o in node.outputs)))
+
+    def free(self, name: str) -> str:
+        """``name``, or ``name_2``, ``name_3``, ... where it is taken; taken from now on."""
+        found, count = name, 1
+        while found in self._taken:
+            count += 1
+            found = f"{name}_{count}"
+        self._taken.add(found)
+        return found

@@ -345,6 +345,17 @@ def _relative(path: Path, base: Path) -> str:
     return Path(os.path.relpath(path, base)).as_posix()
 
 
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those distributions that are installed; none of them is imported."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
 def _package(name: str) -> dict[str, str]:
     """Versions of the distributions that install a top-level package."""
     try:

@@ -122,14 +122,6 @@ class Statistics:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Range:
-    """Values that a tensor is expected to take, in its own units; both finite, ``low <= high``."""
-
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class Platform:
     """Where something was built or measured."""
 

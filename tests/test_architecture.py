@@ -25,11 +25,6 @@ ROWS: tuple[frozenset[str], ...] = (
     frozenset({"spec"}),
     frozenset({"errors"}),
 )
-ALLOWED_ACROSS: frozenset[tuple[str, str]] = frozenset(
-    {
-        ("onnx_files", "data"),
-    }
-)
 LEAVES = {
     "torch": ("export.py",),
     "transformers": ("export.py",),
@@ -89,11 +84,7 @@ def test_every_unit_has_a_row() -> None:
 )
 def test_imports_point_down(path: Path) -> None:
     unit = _unit(path)
-    upward = {
-        other
-        for other in _units_imported(path)
-        if other != unit and _row(other) <= _row(unit) and (unit, other) not in ALLOWED_ACROSS
-    }
+    upward = {other for other in _units_imported(path) if other != unit and _row(other) <= _row(unit)}
     assert not upward, f"{path.relative_to(ROOT)} imports {upward}, which is not below it"
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
+from compiler.onnx_files import FreeNames
 from compiler.spec import Array
 
 MICROSOFT = "com.microsoft"
@@ -280,19 +281,7 @@ class _Editor:
 
     def __init__(self, model: ir.Model) -> None:
         self._graph = model.graph
-        self._names: set[str | None] = set()
-        for graph in (model.graph, *model.graph.subgraphs()):
-            self._names.update(value.name for value in graph.inputs)
-            self._names.update(graph.initializers)
-            self._names.update(name for node in graph for name in (node.name, *(value.name for value in node.outputs)))
-
-    def free(self, name: str) -> str:
-        free, number = name, 1
-        while free in self._names:
-            number += 1
-            free = f"{name}_{number}"
-        self._names.add(free)
-        return free
+        self.free = FreeNames(model.graph).free
 
     def like(self, value: ir.Value, name: str, dtype: ir.DataType) -> ir.Value:
         shape = None if value.shape is None else value.shape.copy()

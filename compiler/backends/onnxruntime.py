@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import functools
-import importlib.metadata
 import os
 import platform as machine
 import re
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from compiler import source
 from compiler.errors import BuildError
 from compiler.spec import Array, Engine, Feeds, OnnxModel, Platform, Precision, Runner, TensorSpec, dtype_of
 
@@ -52,7 +52,7 @@ def unavailable() -> str | None:
 def fingerprint() -> Mapping[str, str]:
     gpu = _gpu()
     return {
-        **_versions(),
+        **source.versions(_PACKAGES),
         "cpu": _cpu(),
         **({} if gpu is None else {"gpu": gpu.name, "driver": gpu.driver}),
     }
@@ -68,7 +68,7 @@ def platform() -> Platform:
         gpu=gpu.name if gpu else None,
         compute_capability=gpu.compute_capability if gpu else None,
         driver=gpu.driver if gpu else None,
-        packages=_versions(),
+        packages=source.versions(_PACKAGES),
     )
 
 
@@ -343,16 +343,6 @@ def _choose_provider(model: OnnxModel) -> tuple[str, list[str]]:
     except BuildError as exc:
         return CPU, [f"built for the CPU, although there is a GPU: {exc.message}"]
     return CUDA, []
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 @functools.cache

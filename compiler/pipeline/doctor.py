@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import platform
 
@@ -12,6 +11,7 @@ from rich.text import Text
 from compiler import backends
 from compiler.errors import BuildEngineError
 from compiler.pipeline.store import Store, size_bytes
+from compiler.source import versions
 
 _PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime-gpu", "onnxruntime", "tensorrt", "numpy")
 _EXTRAS = {
@@ -27,7 +27,10 @@ def examine(console: Console) -> None:
     console.print(
         f"{machine.cpu}, {machine.cores} usable cores, {machine.os} {machine.arch}, {machine.gpu or 'no GPU'}"
     )
-    console.print(f"Python {platform.python_version()}; " + ", ".join(_versions()))
+    console.print(
+        f"Python {platform.python_version()}; "
+        + ", ".join(f"{name} {version}" for name, version in versions(_PACKAGES).items())
+    )
     console.print("\nback ends", style="bold")
     for name in backends.NAMES:
         backend = backends.get(name)
@@ -47,16 +50,6 @@ def examine(console: Console) -> None:
             _line(console, "store", said, good=store.warning is None)
     except BuildEngineError as exc:
         _line(console, "store", exc.message, good=False)
-
-
-def _versions() -> list[str]:
-    found = []
-    for package in _PACKAGES:
-        try:
-            found.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _line(console: Console, name: str, said: str, *, good: bool) -> None:

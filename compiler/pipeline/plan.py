@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import os
 import platform
 from collections.abc import Mapping, MutableMapping
@@ -148,7 +147,7 @@ def make(
                 "stage": stage,
                 "code": _code(declared.sources + _SHARED),
                 "python": platform.python_version(),
-                "packages": _versions(declared.packages),
+                "packages": source.versions(declared.packages),
                 "inputs": {name: keys[id] for name, id in needs.items()},
                 "parts": parts,
             }
@@ -259,14 +258,3 @@ def _code(parts: tuple[str, ...]) -> str:
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             digest.update(file.relative_to(root).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
-
-
-@functools.cache
-def _versions(packages: tuple[str, ...]) -> Mapping[str, str]:
-    found = {}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

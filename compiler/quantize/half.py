@@ -33,6 +33,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferencePass
 
 from compiler.errors import CalibrationError
+from compiler.onnx_files import FreeNames
 from compiler.quantize import placement
 from compiler.quantize.observe import Observed
 from compiler.quantize.placement import Edge
@@ -154,7 +155,7 @@ def convert(model: ir.Model, *, to: Precision, statistics: Observed, keep: Seque
         for node in graph
         if node.op_type != "Cast" and any(_is_float(value) for value in (*node.inputs, *node.outputs))
     ]
-    names = _Names(model)
+    names = FreeNames(model.graph)
     tainted, notes = _clamp_masks(graph, statistics, number, names)
     full = _full_precision(graph, forms, statistics, number, kept, tainted)
     notes += full.notes
@@ -253,7 +254,7 @@ _MASK_WAYS = MOVERS | {"Add", "Mul", "Where", "Max"}
 
 
 def _clamp_masks(
-    graph: ir.Graph, statistics: Observed, number: _Format, names: _Names
+    graph: ir.Graph, statistics: Observed, number: _Format, names: FreeNames
 ) -> tuple[dict[ir.Value, float], list[str]]:
     """Replace mask values that only reach a Softmax: see the top. Returns magnitudes of what they reach, and notes."""
     candidates = set()
@@ -524,7 +525,7 @@ def _weight(value: ir.Value | None) -> Array | None:
 # --- rewriting ------------------------------------------------------------------------------------------------------
 
 
-def _rewrite(graph: ir.Graph, half: Mapping[ir.Node, _Form], number: _Format, names: _Names) -> None:
+def _rewrite(graph: ir.Graph, half: Mapping[ir.Node, _Form], number: _Format, names: FreeNames) -> None:
     """Give the nodes of ``half`` their types, and cast what passes between them and the others, once per tensor."""
     values = [*graph.inputs, *graph.initializers.values(), *(output for node in graph for output in node.outputs)]
     values = [value for value in dict.fromkeys(values) if _is_float(value)]
@@ -553,7 +554,7 @@ def _rewrite(graph: ir.Graph, half: Mapping[ir.Node, _Form], number: _Format, na
     _drop_casts(graph)
 
 
-def _widen(graph: ir.Graph, value: ir.Value, readers: Iterable[Edge], number: _Format, names: _Names) -> None:
+def _widen(graph: ir.Graph, value: ir.Value, readers: Iterable[Edge], number: _Format, names: FreeNames) -> None:
     """``value`` is made in half; let those who need FP32 read it cast."""
     value.dtype = number.dtype
     readers, is_output = list(readers), value.is_graph_output()
@@ -579,7 +580,7 @@ def _narrow(
     readers: Sequence[Edge],
     narrowed: dict[ir.Value, ir.Value],
     number: _Format,
-    names: _Names,
+    names: FreeNames,
 ) -> None:
     """``value`` is FP32; let ``readers`` read it cast, from what it was itself cast from, if so."""
     maker = value.producer()
@@ -598,7 +599,7 @@ def _narrow(
         node.replace_input_with(index, narrowed[source])
 
 
-def _store_half(graph: ir.Graph, value: ir.Value, readers: Sequence[Edge], number: _Format, names: _Names) -> None:
+def _store_half(graph: ir.Graph, value: ir.Value, readers: Sequence[Edge], number: _Format, names: FreeNames) -> None:
     """A weight in half, under its own name unless others still need it in FP32."""
     weight = _weight(value)
     assert weight is not None, "a constant"
@@ -640,7 +641,7 @@ def _forget_unused(graph: ir.Graph, value: ir.Value) -> bool:
     return True
 
 
-def _cast(value: ir.Value, output: ir.Value, names: _Names) -> ir.Node:
+def _cast(value: ir.Value, output: ir.Value, names: FreeNames) -> ir.Node:
     assert output.dtype is not None, "a cast has a type"
     return ir.node("Cast", [value], {"to": output.dtype}, outputs=[output], name=names.free(f"{output.name}_cast"))
 
@@ -657,22 +658,3 @@ def _enclosed(graph: ir.Graph) -> set[ir.Value]:
 def _enclosed_outputs(graph: ir.Graph) -> set[ir.Value]:
     """Values that a subgraph returns, its own among them."""
     return {value for inner in graph.subgraphs() for value in inner.outputs}
-
-
-class _Names:
-    """Names that are free everywhere in a model."""
-
-    def __init__(self, model: ir.Model) -> None:
-        self._taken: set[str | None] = set()
-        for graph in (model.graph, *model.graph.subgraphs()):
-            self._taken.update(value.name for value in graph.inputs)
-            self._taken.update(graph.initializers)
-            self._taken.update(name for node in graph for name in (node.name, *(o.name for o in node.outputs)))
-
-    def free(self, name: str) -> str:
-        found, count = name, 1
-        while found in self._taken:
-            count += 1
-            found = f"{name}_{count}"
-        self._taken.add(found)
-        return found

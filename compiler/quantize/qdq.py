@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from compiler.errors import CalibrationError
+from compiler.onnx_files import FreeNames
 from compiler.quantize import placement, thresholds
 from compiler.quantize.observe import Observed
 from compiler.quantize.placement import Edge, Placement
@@ -136,9 +137,7 @@ class _Editor:
         self.seen_as: dict[str, str] = {}
         self.source: dict[str, str] = {}
         self._graph = graph
-        self._names = {value.name for node in graph.all_nodes() for value in (*node.inputs, *node.outputs) if value}
-        self._names |= {value.name for value in graph.inputs} | {node.name for node in graph.all_nodes()}
-        self._names |= set(graph.initializers)
+        self._free = FreeNames(graph).free
 
     def round_weights(self, placed: Placement, scale_of: Mapping[str, np.float32]) -> list[str]:
         notes = []
@@ -255,14 +254,6 @@ class _Editor:
         )
         self._graph.register_initializer(value)
         return value
-
-    def _free(self, name: str) -> str:
-        free, number = name, 1
-        while free in self._names:
-            number += 1
-            free = f"{name}_{number}"
-        self._names.add(free)
-        return free
 
 
 def _like(value: ir.Value, name: str, dtype: ir.DataType) -> ir.Value:
