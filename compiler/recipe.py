@@ -97,7 +97,11 @@ class EngineSection(_Section, frozen=True, kw_only=True):
     """Default: the precision, e.g. ``int8``."""
     backend: Literal["auto", "onnxruntime", "tensorrt", "tensorrt_rtx"] = "auto"
     rest: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """For int8: the precision of what is not quantised."""
+    """For int8, fp8 and int4: the precision of what is not quantised."""
+    weights_only: bool = False
+    """For int8 and fp8: round weights and leave activations in ``rest``. An int4 engine always does."""
+    block: Literal[16, 32, 64, 128] = 32
+    """For int4: how many weights along the input axis share a scale."""
     keep: tuple[str, ...] = ()
     """Node or tensor names, or shell patterns, that stay in ``rest`` (int8) or FP32 (fp16, bf16)."""
 
@@ -138,6 +142,63 @@ class LatencySection(_Section, frozen=True, kw_only=True):
     """Time `torch.compile` of the original too, where it works."""
 
 
+COMPUTE_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+"""Targets that TensorRT for RTX builds for: tried with 1.7.1, which refuses every other, Hopper and 10.x among them."""
+
+OLDEST_CAPABILITY: Mapping[Precision, str] = {Precision.FP8: "8.9", Precision.BF16: "8.0", Precision.INT4: "8.0"}
+"""The first compute capability with instructions for a type. What else a target lacks, the builder says."""
+
+Profile: TypeAlias = dict[str, DimRange]
+
+
+class TensorRTSection(_Section, frozen=True, kw_only=True):
+    """``[tensorrt]``: for every engine of the back ends ``tensorrt`` and ``tensorrt_rtx``.
+
+    A key that a flavour does not take, or takes without effect, is refused for it; see
+    `compiler.backends.tensorrt.options`.
+    """
+
+    optimization_level: Annotated[int, Meta(ge=0, le=5)] | None = None
+    """How long the builder looks for fast tactics; its own default is 3."""
+    workspace_mib: Positive | None = None
+    """Scratch memory that one tactic may use; default: all of the GPU's."""
+    tf32: bool = False
+    """Let FP32 layers multiply in TF32 (10 bits of mantissa). Off: an FP32 engine computes in FP32."""
+    sparse_weights: bool = False
+    """Use kernels for 2:4 sparsity where weights have that pattern."""
+    weight_streaming_mib: Annotated[int, Meta(ge=0)] | None = None
+    """Keep at most this much of the weights on the GPU, and stream the rest from the host."""
+    refit: bool = False
+    """Weights can be replaced after the build."""
+    strip: bool = False
+    """Leave the weights out of the plan, to be refitted from the ONNX file where the engine is opened."""
+    version_compatible: bool = False
+    """The plan also runs in later minor versions of TensorRT 11."""
+    hardware_compatibility: Literal["none", "ampere_plus", "same_compute_capability"] = "none"
+    """On which other GPUs the plan runs."""
+    tiling: Literal["none", "fast", "moderate", "full"] = "none"
+    """How hard the builder looks for tiles that stay in the L2 cache."""
+    aux_streams: Annotated[int, Meta(ge=0)] | None = None
+    """Streams beside the main one that an engine may use; default: the builder's choice."""
+    verbosity: Literal["none", "layer_names_only", "detailed"] | None = None
+    """What the plan tells of its layers. Default: detailed, which the precision proof on a GPU reads."""
+    timing_cache: bool | None = None
+    """Keep timings of tactics from build to build. Default: yes."""
+    compute_capabilities: tuple[Literal[COMPUTE_CAPABILITIES], ...] = ()  # type: ignore[valid-type]
+    """GPUs to build for; default: every one that the builder supports."""
+    profiles: tuple[Profile, ...] = ()
+    """Ranges of the dynamic axes for which kernels are chosen; default: one profile, `axes`."""
+    limit_s: Positive = 3600
+    """A build that takes longer is ended."""
+    limit_mib: Annotated[int, Meta(ge=0)] = 0
+    """A build whose process takes more host memory is ended; 0: no limit."""
+    departures: Literal["refuse", "report"] = "refuse"
+    """What to do with an engine some layers of which do not have the precision that was asked."""
+    ahead_of_time: bool = False
+    """The engines are for another machine. What only that machine can show is left to ``verify`` there, and said so;
+    without, such an engine is inconclusive."""
+
+
 class GateSection(_Section, frozen=True, kw_only=True):
     """``[[gates]]``: what an engine must show. Exactly one of ``max_drop``, ``min``, ``max``.
 
@@ -173,6 +234,7 @@ class GateSection(_Section, frozen=True, kw_only=True):
         return f"{self.metric}{over} {limit}{batch}{confidence}"
 
 
+QUANTIZED = frozenset({Precision.INT8, Precision.FP8, Precision.INT4})
 SPEED_METRICS = frozenset({"speedup_p50", "p50_ms", "p90_ms", "p99_ms", "per_s"})
 SIZE_METRICS = frozenset({"size_mib", "size_ratio"})
 GENERIC_METRICS = frozenset({"cosine", "sqnr_db", "max_abs_diff", "top1_agreement"})
@@ -192,6 +254,7 @@ class Recipe(_Section, frozen=True, kw_only=True):
         EngineSection(precision=Precision.INT8),
     )
     quantize: QuantizeSection = QuantizeSection()
+    tensorrt: TensorRTSection = TensorRTSection()
     latency: LatencySection = LatencySection()
     gates: tuple[GateSection, ...] = (GateSection(metric="cosine", min=0.99), GateSection(metric="sqnr_db", min=10.0))
     """By default the outputs keep their direction (cosine) and their size, which cosine does not see (SQNR)."""
@@ -396,6 +459,7 @@ def _check(recipe: Recipe) -> Iterator[_Problem]:
     yield from _check_inputs(recipe)
     yield from _check_axes(recipe)
     yield from _check_engines(recipe)
+    yield from _check_tensorrt(recipe)
     yield from _check_gates(recipe)
 
 
@@ -472,11 +536,92 @@ def _check_engines(recipe: Recipe) -> Iterator[_Problem]:
             )
         if engine.precision is Precision.FP32 and engine.keep:
             yield _Problem(("engines", index, "keep"), "an FP32 engine keeps every layer in FP32 already. Remove it.")
-        if engine.precision is not Precision.INT8 and engine.rest != "fp32":
+        where = ("engines", index)
+        if engine.precision not in QUANTIZED and engine.rest != "fp32":
             yield _Problem(
-                ("engines", index, "rest"),
-                f"only an INT8 engine has a rest; this one is {engine.precision.value}. Remove it.",
+                (*where, "rest"),
+                f"only an INT8, FP8 or INT4 engine has a rest; this one is {engine.precision.value}. Remove it.",
             )
+        if engine.precision not in QUANTIZED and engine.weights_only:
+            yield _Problem(
+                (*where, "weights_only"),
+                f"only an INT8, FP8 or INT4 engine has rounded weights; this one is {engine.precision.value}. Remove it.",
+            )
+        if engine.precision is not Precision.INT4 and engine.block != 32:
+            yield _Problem(
+                (*where, "block"),
+                f"only an INT4 engine shares scales in blocks; this one is {engine.precision.value}. Remove it.",
+            )
+
+
+def _check_tensorrt(recipe: Recipe) -> Iterator[_Problem]:
+    section = recipe.tensorrt
+    if section.strip and not section.refit:
+        yield _Problem(
+            ("tensorrt", "strip"), "a plan without weights cannot run unless it can be refitted. Set refit too."
+        )
+    for index, profile in enumerate(section.profiles):
+        where = ("tensorrt", "profiles", index)
+        for name in recipe.axes:
+            if name not in profile:
+                yield _Problem(
+                    where, f"axis '{name}' is missing; a profile gives a range for each axis of [axes]. Add it."
+                )
+        for name, span in profile.items():
+            axis = recipe.axes.get(name)
+            if axis is None:
+                yield _Problem((*where, name), f"axis '{name}' is not in [axes]; {suggest(name, list(recipe.axes))}")
+            elif not span.min <= span.opt <= span.max:
+                yield _Problem(
+                    (*where, name), f"min {span.min}, opt {span.opt}, max {span.max}; min <= opt <= max was expected."
+                )
+            elif span.min < axis.min or span.max > axis.max:
+                yield _Problem(
+                    (*where, name),
+                    f"{span.min} to {span.max} is not inside the range of the axis in [axes], {axis.min} to {axis.max}.",
+                )
+    yield from _check_profiles_cover(recipe)
+    for engine in recipe.engines:
+        if engine.backend in ("auto", "onnxruntime"):
+            continue
+        oldest, kind = _capability(engine)
+        for target in section.compute_capabilities:
+            if _version(target) < _version(oldest):
+                yield _Problem(
+                    ("tensorrt", "compute_capabilities"),
+                    f"{target} asked, but engine '{engine.label}' needs {oldest} or later for {kind}. Remove the target, or "
+                    f"build engine '{engine.label}' in another recipe.",
+                )
+
+
+def _check_profiles_cover(recipe: Recipe) -> Iterator[_Problem]:
+    """Together the profiles must reach both ends of every axis, or [axes] would promise what no engine takes."""
+    profiles = recipe.tensorrt.profiles
+    for name, axis in recipe.axes.items():
+        spans = [profile[name] for profile in profiles if name in profile]
+        if not spans or len(spans) < len(profiles):
+            continue
+        low, high = min(span.min for span in spans), max(span.max for span in spans)
+        if low > axis.min or high < axis.max:
+            yield _Problem(
+                ("tensorrt", "profiles"),
+                f"together they take axis '{name}' from {low} to {high}; [axes] says {axis.min} to {axis.max}. "
+                "Widen a profile, or narrow the axis.",
+            )
+
+
+def _capability(engine: EngineSection) -> tuple[str, str]:
+    """The oldest compute capability that an engine of TensorRT for RTX can be built for, and the type that needs it.
+
+    Source: what the builder of 1.7.1 accepts and refuses, tried for each type and each target.
+    """
+    kinds = (engine.precision, Precision(engine.rest))
+    newest = max(kinds, key=lambda kind: _version(OLDEST_CAPABILITY.get(kind, COMPUTE_CAPABILITIES[0])))
+    return OLDEST_CAPABILITY.get(newest, COMPUTE_CAPABILITIES[0]), newest.value.upper()
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("."))
 
 
 def _check_gates(recipe: Recipe) -> Iterator[_Problem]:

@@ -29,12 +29,16 @@ class Precision(StrEnum):
     FP16 = "fp16"
     BF16 = "bf16"
     INT8 = "int8"
+    FP8 = "fp8"
+    INT4 = "int4"
 
 
 class Outcome(StrEnum):
     PASS = "pass"  # noqa: S105 - a verdict, not a password
     FAIL = "fail"
     INCONCLUSIVE = "inconclusive"
+    DEFERRED = "deferred"
+    """What could be checked here passed; the rest is left to ``verify`` on the target, as the recipe says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +140,34 @@ class Platform:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Departure:
+    """A layer whose precision in the engine is not the one that its model asks for."""
+
+    layer: str
+    """Name of the ONNX node, or of the engine's layer where several nodes were fused."""
+    op: str
+    asked: str
+    found: str
+    cause: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionProof:
+    """What an engine computes in, read back after the build; see `compiler.backends.tensorrt.precision`."""
+
+    method: str
+    """What was read, in words."""
+    layers: int
+    """Layers that multiply: convolutions and matrix products."""
+    as_asked: int
+    departures: tuple[Departure, ...] = ()
+    weight_bytes: int | None = None
+    """What the builder says the engine's weights take."""
+    expected_weight_bytes: int | None = None
+    """What the model's weights take in the types in which the model stores them."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Engine:
     """A deployable file. ``sha256`` covers the file and its external data: what is scored is what ships."""
 
@@ -154,6 +186,9 @@ class Engine:
     build_s: float
     options: Mapping[str, str] = field(default_factory=dict)
     external_data: tuple[Path, ...] = ()
+    profiles: tuple[Mapping[str, DimRange], ...] = ()
+    """Optimisation profiles, each a range per dynamic axis; empty where the back end has none."""
+    proof: PrecisionProof | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -196,6 +231,17 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StandIn:
+    """What was run in an engine's place, where the engine cannot run: another engine of the very same ONNX file."""
+
+    backend: str
+    engine_sha256: str
+    model_sha256: str
+    reason: str
+    """Why the engine itself was not run."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scores:
     engine: str
     engine_sha256: str
@@ -203,6 +249,8 @@ class Scores:
     scores: tuple[Score, ...]
     bad_samples: tuple[int, ...] = ()
     """Validation indices whose outputs hold NaN or Inf where the original's do not; any one fails the engine."""
+    stand_in: StandIn | None = None
+    """None: the engine itself was run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,25 +353,6 @@ Progress: TypeAlias = Callable[[int, int], None]
 
 def no_progress(done: int, total: int) -> None:
     """A `Progress` that nobody watches."""
-
-
-class Backend(Protocol):
-    """What a module in `compiler.backends` offers."""
-
-    NAME: str
-    PRECISIONS: frozenset[Precision]
-
-    def unavailable(self) -> str | None:
-        """Why this back end cannot be used here and what to do, or None where it can. Never raises."""
-
-    def fingerprint(self) -> Mapping[str, str]:
-        """What an engine built here depends on besides its model: versions, GPU, driver. Loads nothing heavy."""
-
-    def platform(self) -> Platform: ...
-
-    def build(self, model: OnnxModel, *, name: str, reason: str, threads: int, out_dir: Path) -> Engine: ...
-
-    def open(self, engine: Engine, *, threads: int) -> Runner: ...
 
 
 def dtype_of(spec: TensorSpec) -> np.dtype[Any]:

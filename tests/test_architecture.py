@@ -29,7 +29,10 @@ LEAVES = {
     "torch": ("export.py",),
     "transformers": ("export.py",),
     "onnxruntime": ("backends/onnxruntime.py",),
-    "tensorrt": ("backends/tensorrt.py",),
+    "tensorrt": ("backends/tensorrt/",),
+    "tensorrt_rtx": ("backends/tensorrt/",),
+    "polygraphy": ("backends/tensorrt/",),
+    "cuda": ("backends/tensorrt/",),
     "onnx": ("export.py", "optimize/", "quantize/", "backends/onnxruntime.py", "backends/lowering.py", "onnx_files.py"),
     "onnx_ir": (
         "export.py",

@@ -1,13 +1,35 @@
-"""Back ends: modules that satisfy `compiler.spec.Backend`, in one dict. A new one is one file and one line here."""
+"""Back ends: what satisfies `Backend`, in one dict. A new one is one file and one line here."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
 
 from compiler.backends import onnxruntime, tensorrt
 from compiler.errors import BackendUnavailableError
 from compiler.recipe import EngineSection
-from compiler.spec import Backend
+from compiler.spec import Engine, OnnxModel, Platform, Precision, Runner
+
+
+class Backend(Protocol):
+    """What a module in `compiler.backends` offers."""
+
+    NAME: str
+    PRECISIONS: frozenset[Precision]
+
+    def unavailable(self) -> str | None:
+        """Why this back end cannot be used here and what to do, or None where it can. Never raises."""
+
+    def fingerprint(self) -> Mapping[str, str]:
+        """What an engine built here depends on besides its model: versions, GPU, driver. Loads nothing heavy."""
+
+    def platform(self) -> Platform: ...
+
+    def build(self, model: OnnxModel, *, name: str, reason: str, threads: int, out_dir: Path) -> Engine: ...
+
+    def open(self, engine: Engine, *, threads: int) -> Runner: ...
+
 
 NAMES: Mapping[str, Backend] = {
     "onnxruntime": onnxruntime,

@@ -11,12 +11,13 @@ import onnx
 import pytest
 
 from compiler import backends, onnx_files
+from compiler.backends import Backend
 from compiler.backends.onnxruntime import open_model
 from compiler.codec import dump, load
 from compiler.errors import BuildError
 from compiler.quantize import observe, quantize
 from compiler.recipe import EngineSection, QuantizeSection
-from compiler.spec import Array, Backend, Engine, OnnxModel, Precision, Runner
+from compiler.spec import Array, Engine, OnnxModel, Precision, Runner
 from tests.quantize import networks
 
 NAMES = sorted({backend.NAME for backend in backends.NAMES.values()})
