@@ -6,22 +6,16 @@ command that must answer at once.
 
 from __future__ import annotations
 
-import csv
-import functools
-import os
-import platform as machine
 import re
-import shutil
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from compiler import source
+from compiler.backends import machine
 from compiler.errors import BuildError
 from compiler.spec import Array, Engine, Feeds, OnnxModel, Platform, Precision, Runner, TensorSpec, dtype_of
 
@@ -50,26 +44,16 @@ def unavailable() -> str | None:
 
 
 def fingerprint() -> Mapping[str, str]:
-    gpu = _gpu()
+    gpu = machine.gpu()
     return {
         **source.versions(_PACKAGES),
-        "cpu": _cpu(),
+        "cpu": machine.cpu(),
         **({} if gpu is None else {"gpu": gpu.name, "driver": gpu.driver}),
     }
 
 
 def platform() -> Platform:
-    gpu = _gpu()
-    return Platform(
-        os=f"{machine.system()} {machine.release()}",
-        arch=machine.machine(),
-        cpu=_cpu(),
-        cores=_usable_cores(),
-        gpu=gpu.name if gpu else None,
-        compute_capability=gpu.compute_capability if gpu else None,
-        driver=gpu.driver if gpu else None,
-        packages=source.versions(_PACKAGES),
-    )
+    return machine.describe(_PACKAGES)
 
 
 def build(model: OnnxModel, *, name: str, reason: str, threads: int, out_dir: Path) -> Engine:
@@ -305,36 +289,9 @@ def _translated(path: Path, exc: Exception) -> BuildError:
     )
 
 
-# --- this machine ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Gpu:
-    """What the driver says of the first GPU."""
-
-    name: str
-    compute_capability: str
-    driver: str
-
-
-@functools.cache
-def _gpu() -> _Gpu | None:
-    """The first NVIDIA GPU, or None; asked of the driver's own tool, since loading CUDA takes seconds."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    query = [tool, "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
-        name, compute_capability, driver = next(csv.reader(done.stdout.splitlines(), skipinitialspace=True))
-    except (OSError, subprocess.SubprocessError, ValueError, StopIteration):
-        return None
-    return _Gpu(name, compute_capability, driver)
-
-
 def _choose_provider(model: OnnxModel) -> tuple[str, list[str]]:
     """The provider to build for, and a note where there is a GPU and it is not used."""
-    if _gpu() is None:
+    if machine.gpu() is None:
         return CPU, []
     if model.precision is Precision.INT8:
         return CPU, ["built for the CPU: ONNX Runtime's CUDA provider has no INT8 kernels for Q/DQ models"]
@@ -345,31 +302,12 @@ def _choose_provider(model: OnnxModel) -> tuple[str, list[str]]:
     return CUDA, []
 
 
-@functools.cache
-def _cpu_says() -> Mapping[str, str]:
-    """What Linux says of the first core, by key; nothing elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
-    except OSError:
-        return {}
-    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-
-
-def _cpu() -> str:
-    """The processor's own name."""
-    return _cpu_says().get("model name") or machine.processor() or machine.machine()
-
-
 def _saturates() -> bool:
     """Whether this CPU's kernels for UINT8 times INT8 add pairs of products in INT16: x86 without VNNI, where the runtime
     has exact ones, twice as slow. (Asked for where VNNI is, they would be used all the same.)"""
-    flags = _cpu_says().get("flags", "").split()
-    return machine.machine() in ("x86_64", "AMD64") and not any("vnni" in flag for flag in flags)
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    flags = machine.cpu_says().get("flags", "").split()
+    return machine.is_x86() and not any("vnni" in flag for flag in flags)
 
 
 def _threads(threads: int) -> int:
-    return threads or _usable_cores()
+    return threads or machine.usable_cores()

@@ -13,6 +13,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from compiler.backends import machine
 from compiler.backends import onnxruntime as backend
 from compiler.errors import BuildError
 from compiler.spec import Precision
@@ -23,8 +24,8 @@ from tests.quantize.networks import Net, f32
 @pytest.fixture(autouse=True)
 def forget_this_machine() -> Iterator[None]:
     yield
-    backend._gpu.cache_clear()
-    backend._cpu_says.cache_clear()
+    machine.gpu.cache_clear()
+    machine.cpu_says.cache_clear()
 
 
 def one_node(kind: str, dtype: int = TensorProto.FLOAT, domain: str = "") -> onnx.ModelProto:
@@ -146,7 +147,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) ->
     tool.write_text(f"#!/bin/sh\n{script}\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
-    backend._gpu.cache_clear()
+    machine.gpu.cache_clear()
 
 
 SAYS = "echo 'NVIDIA L4, 8.9, 595.10'"
@@ -207,7 +208,7 @@ def test_an_engine_for_a_gpu_is_refused_without_one(tmp_path: Path) -> None:
 def test_exact_kernels_are_asked_for_only_without_vnni(
     monkeypatch: pytest.MonkeyPatch, says: dict[str, str], saturates: bool
 ) -> None:
-    monkeypatch.setattr(backend, "_cpu_says", lambda: says)
+    monkeypatch.setattr(machine, "cpu_says", lambda: says)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     assert backend._saturates() is saturates
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
