@@ -22,7 +22,6 @@ Why no list of operators that may be half: the schemas say it, for each paramete
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,32 +33,25 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferenc
 
 from compiler.errors import CalibrationError
 from compiler.onnx_files import FreeNames
-from compiler.quantize import placement
+from compiler.quantize import graphs, masks, opset, placement
+from compiler.quantize.formats import HALVES, MARGIN, Half
 from compiler.quantize.observe import Observed
 from compiler.quantize.placement import Edge
 from compiler.spec import Array, Precision
-
-MARGIN = 2.0
-"""How much larger than on the calibration samples a tensor may become before it overflows."""
 
 OLDEST_IR = 4
 """The first IR version whose weights need not be inputs."""
 
 BF16_OPSET = 22
-OLDEST_RAISED = 20
+"""The first that defines convolutions and pools for BF16."""
+
+_OLDEST_RAISED = 20
 
 SUMS = frozenset(
     {"CumSum", "Pow", "LpNormalization", "LpPool", "GlobalLpPool", "MeanVarianceNormalization"}
     | {"NegativeLogLikelihoodLoss", "SoftmaxCrossEntropyLoss"}
     | {f"Reduce{kind}" for kind in ("L1", "L2", "LogSum", "LogSumExp", "Mean", "Prod", "Sum", "SumSquare")}
 )
-
-MOVERS = frozenset(
-    {"Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "DepthToSpace", "SpaceToDepth"}
-    | {"Concat", "Split", "Slice", "Pad", "Expand", "Tile", "Trilu", "ReverseSequence"}
-    | {"Gather", "GatherElements", "GatherND", "Compress"}
-)
-"""Operators that compute nothing: they take over the precision around them."""
 
 _ELEMENTWISE = frozenset(
     {"Add", "Sub", "Mul", "Div", "Mod", "Neg", "Abs", "Reciprocal", "Sqrt", "Exp", "Log", "Sin", "Cos"}
@@ -77,44 +69,6 @@ _QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 _NOTED = 5
 """Names in a note before it says how many more there are."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Format:
-    """FP16 or BF16. Source of the numbers: IEEE 754-2019, table 3.5, and FP32 without its lower 16 bits."""
-
-    precision: Precision
-    dtype: ir.DataType
-    largest: float
-    smallest: float
-    """The smallest normal number: below it digits are lost."""
-    mask: float
-    """What a mask value becomes: small enough that its exponential is 0, and far enough from ``largest`` that the
-    score which is added does not overflow."""
-
-    @property
-    def label(self) -> str:
-        return self.precision.value.upper()
-
-    def round(self, array: Array) -> Array:
-        """``array`` in half; what is too large becomes infinite."""
-        with np.errstate(over="ignore", under="ignore"):
-            rounded: Array = array.astype(self.dtype.numpy())
-        return rounded
-
-
-FORMATS: Mapping[Precision, _Format] = {
-    Precision.FP16: _Format(
-        precision=Precision.FP16, dtype=ir.DataType.FLOAT16, largest=65504.0, smallest=2.0**-14, mask=-3e4
-    ),
-    Precision.BF16: _Format(
-        precision=Precision.BF16,
-        dtype=ir.DataType.BFLOAT16,
-        largest=(2 - 2.0**-7) * 2.0**127,
-        smallest=2.0**-126,
-        mask=-1e30,
-    ),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,22 +95,28 @@ def convert(model: ir.Model, *, to: Precision, statistics: Observed, keep: Seque
         RecipeError: a pattern of ``keep`` matches nothing.
         CalibrationError: no operator is left that could be half.
     """
-    number = FORMATS[to]
+    number = HALVES[to]
     LiftConstantsToInitializersPass(lift_all_constants=True)(model)
     model.ir_version = max(model.ir_version, OLDEST_IR)
     graph = model.graph
     if any(output.dtype is None for node in graph for output in node.outputs) and not _holds_sequences(graph):
         ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(model)
     kept = placement.match(graph, keep)
-    raised = _raise_opset(model) if to is Precision.BF16 else []
+    raised = []
+    if (
+        to is Precision.BF16
+        and model.opset_imports.get("", 0) >= _OLDEST_RAISED
+        and not opset.obstacle(model, BF16_OPSET)
+    ):
+        raised = opset.require(model, BF16_OPSET, "all common operators for BF16")
     forms = {node: form for node in graph if (form := _form(node, model, number)) is not None}
     floats = [
         node
         for node in graph
-        if node.op_type != "Cast" and any(_is_float(value) for value in (*node.inputs, *node.outputs))
+        if node.op_type != "Cast" and any(graphs.is_float(value) for value in (*node.inputs, *node.outputs))
     ]
     names = FreeNames(model.graph)
-    tainted, notes = _clamp_masks(graph, statistics, number, names)
+    tainted, notes = masks.clamp(graph, statistics, number, names)
     full = _full_precision(graph, forms, statistics, number, kept, tainted)
     notes += full.notes
     half = {node: form for node, form in forms.items() if node not in full.reason}
@@ -176,7 +136,9 @@ def convert(model: ir.Model, *, to: Precision, statistics: Observed, keep: Seque
 
 def _reasons(floats: Collection[ir.Node], half: Collection[ir.Node], reason: Mapping[ir.Node, str]) -> list[str]:
     """How many operators stay FP32 and why, the most frequent reason first."""
-    others = {node: "that only pass FP32 on" if node.op_type in MOVERS else "without a half form" for node in floats}
+    others = {
+        node: "that only pass FP32 on" if node.op_type in graphs.MOVERS else "without a half form" for node in floats
+    }
     counts = Counter(reason.get(node, others[node]) for node in floats if node not in half)
     return [f"{count} {why}" for why, count in counts.most_common()]
 
@@ -195,19 +157,7 @@ def _holds_sequences(graph: ir.Graph) -> bool:
 # --- what may be half -----------------------------------------------------------------------------------------------
 
 
-def _raise_opset(model: ir.Model) -> list[str]:
-    """Declare the first opset that defines BF16 convolutions and pools.
-
-    From 20 to 22 no operator changed its meaning but GroupNormalization, and up to 20 that is refused as deprecated.
-    """
-    opset = model.opset_imports.get("", 0)
-    if not OLDEST_RAISED <= opset < BF16_OPSET or model.functions:
-        return []
-    model.opset_imports[""] = BF16_OPSET
-    return [f"opset raised from {opset} to {BF16_OPSET}, the first that defines all common operators for BF16"]
-
-
-def _form(node: ir.Node, model: ir.Model, number: _Format) -> _Form | None:
+def _form(node: ir.Node, model: ir.Model, number: Half) -> _Form | None:
     """What of ``node`` may be half by its schema; None where nothing may, or where it must not be touched."""
     if node.domain != "" or node.op_identifier() in model.functions or node.op_type in _NOT_IN_HALF:
         return None
@@ -227,8 +177,8 @@ def _form(node: ir.Node, model: ir.Model, number: _Format) -> _Form | None:
     outputs = [_parameter(schema.outputs, i) for i in range(len(node.outputs))]
     wanted = f"tensor({number.dtype.name.lower()})"
     allowed = {c.type_param_str for c in schema.type_constraints if wanted in c.allowed_type_strs}
-    variables = {p for p, v in zip(inputs, node.inputs, strict=True) if p in allowed and _is_float(v)}
-    made = {p for p, v in zip(outputs, node.outputs, strict=True) if p in allowed and _is_float(v)}
+    variables = {p for p, v in zip(inputs, node.inputs, strict=True) if p in allowed and graphs.is_float(v)}
+    made = {p for p, v in zip(outputs, node.outputs, strict=True) if p in allowed and graphs.is_float(v)}
     if not made <= variables and node.op_type not in _TYPED_BY_RULE:
         return None  # of what type its output is, only the operator's own rules say
     variables |= made
@@ -242,120 +192,6 @@ def _form(node: ir.Node, model: ir.Model, number: _Format) -> _Form | None:
 def _parameter(formal: Sequence[onnx.defs.OpSchema.FormalParameter], index: int) -> str:
     """The type, or type variable, of the parameter at ``index``; the last one may stand for many."""
     return formal[min(index, len(formal) - 1)].type_str
-
-
-def _is_float(value: ir.Value | None) -> bool:
-    return value is not None and isinstance(value.type, ir.TensorType) and value.dtype == ir.DataType.FLOAT
-
-
-# --- masks ----------------------------------------------------------------------------------------------------------
-
-_MASK_WAYS = MOVERS | {"Add", "Mul", "Where", "Max"}
-
-
-def _clamp_masks(
-    graph: ir.Graph, statistics: Observed, number: _Format, names: FreeNames
-) -> tuple[dict[ir.Value, float], list[str]]:
-    """Replace mask values that only reach a Softmax: see the top. Returns magnitudes of what they reach, and notes."""
-    candidates = set()
-    for node in graph:
-        if node.domain == "" and node.op_type == "ConstantOfShape" and _holds_mask(_filler(node), number):
-            candidates.add((node, -1))
-        candidates.update((node, i) for i, value in enumerate(node.inputs) if _holds_mask(_weight(value), number))
-    while True:
-        reached, escaped = _reach(graph, candidates, statistics, number)
-        if not escaped:
-            break
-        candidates -= escaped
-    notes: dict[str, None] = {}
-    clamped: dict[ir.Value, ir.Value] = {}
-    for node, index in sorted(candidates, key=lambda edge: (str(edge[0].outputs[0].name), edge[1])):
-        source = node.outputs[0] if index < 0 else node.inputs[index]
-        assert source is not None, "a candidate holds a mask"
-        array = _filler(node) if index < 0 else _weight(source)
-        assert array is not None, "a candidate holds a mask"
-        lowest, changed = float(array.min()), _clamped(array, number)
-        notes[f"mask value {lowest:.3g} of '{source.name}' becomes {number.mask:g}: its exponential stays 0"] = None
-        if index < 0:
-            node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(changed))
-            continue
-        if source not in clamped:
-            clamped[source] = _register(graph, names.free(f"{source.name}_clamped"), changed)
-        node.replace_input_with(index, clamped[source])
-        _forget_unused(graph, source)
-    return reached, list(notes)
-
-
-def _holds_mask(array: Array | None, number: _Format) -> bool:
-    """Whether an FP32 constant holds values so low that half has no room for them, and none so high."""
-    if array is None or array.dtype != np.float32 or not array.size:
-        return False
-    finite = array[np.isfinite(array)]
-    limit = number.largest / MARGIN
-    return bool(finite.size) and float(finite.min()) < -limit and float(finite.max()) <= limit
-
-
-def _clamped(array: Array, number: _Format) -> Array:
-    low = np.isfinite(array) & (array < -number.largest / MARGIN)
-    return np.where(low, np.float32(number.mask), array)
-
-
-def _reach(
-    graph: ir.Graph, candidates: Collection[Edge], statistics: Observed, number: _Format
-) -> tuple[dict[ir.Value, float], set[Edge]]:
-    """Follow mask values to where they end.
-
-    Returns:
-        The magnitude that each tensor on their way may have once they are clamped; and those that reach what is no
-        Softmax, or something too large to stay finite.
-    """
-    enclosed = _enclosed(graph)
-    size: dict[ir.Value, float] = {}
-    origin: dict[ir.Value, set[Edge]] = {}
-    escaped: set[Edge] = set()
-    lowest = abs(number.mask)
-    for node in graph:
-        hot = {i: size[value] for i, value in enumerate(node.inputs) if value is not None and value in size}
-        hot |= {i: lowest for i in range(-1, len(node.inputs)) if (node, i) in candidates}
-        sources = {(node, i) for i in hot if (node, i) in candidates}
-        sources = sources.union(*(origin[value] for value in node.inputs if value is not None and value in origin))
-        if not hot or (node.domain == "" and _is_sink(node, hot)):
-            continue
-        after = _after(node, hot, statistics)
-        if after is None or after > number.largest or any(o.is_graph_output() or o in enclosed for o in node.outputs):
-            escaped |= sources
-        else:
-            size.update((output, after) for output in node.outputs)
-            origin.update((output, sources) for output in node.outputs)
-    return size, escaped
-
-
-def _is_sink(node: ir.Node, hot: Collection[int]) -> bool:
-    """Whether mask values end here: the mask of Attention is added to its scores, inside."""
-    return node.op_type == "Softmax" or (node.op_type == "Attention" and set(hot) == {3})
-
-
-def _after(node: ir.Node, hot: Mapping[int, float], statistics: Observed) -> float | None:
-    """The magnitude of what ``node`` makes of clamped mask values at the inputs ``hot``; None if it is a mask no more."""
-    if node.domain != "" or not (node.op_type in _MASK_WAYS or _is_float_cast(node) or -1 in hot):
-        return None
-    others = [value for i, value in enumerate(node.inputs) if i not in hot]
-    if node.op_type == "Add":
-        return sum(hot.values()) + MARGIN * sum(_peak(value, statistics) for value in others)
-    if node.op_type == "Mul":
-        bounds = [_bounds(value, statistics) for value in others]
-        return max(hot.values()) if bounds and all(b is not None and 0 <= b[0] <= b[1] <= 1 for b in bounds) else None
-    return max(hot.values())
-
-
-def _is_float_cast(node: ir.Node) -> bool:
-    return node.op_type == "Cast" and node.domain == "" and node.attributes["to"].as_int() == ir.DataType.FLOAT
-
-
-def _filler(node: ir.Node) -> Array | None:
-    """What a ConstantOfShape fills with."""
-    attribute = node.attributes.get("value")
-    return attribute.as_tensor().numpy() if attribute is not None else None
 
 
 # --- what must stay FP32 --------------------------------------------------------------------------------------------
@@ -373,14 +209,14 @@ def _full_precision(
     graph: ir.Graph,
     forms: Mapping[ir.Node, _Form],
     statistics: Observed,
-    number: _Format,
+    number: Half,
     kept: Collection[ir.Node],
     tainted: Mapping[ir.Value, float],
 ) -> _Full:
     reason: dict[ir.Node, str] = dict.fromkeys(kept, "that the recipe keeps")
     misfits: list[str] = []
     for value in _activations(graph):
-        bounds = _bounds(value, statistics)
+        bounds = graphs.bounds(value, statistics)
         if bounds is None:
             continue
         # What a clamped mask makes of the low side was bounded when it was clamped.
@@ -401,11 +237,11 @@ def _full_precision(
         for weight in (
             value for value, half in zip(node.inputs, form.inputs, strict=True) if half and value is not None
         ):
-            array = _weight(weight)
+            array = graphs.weight(weight)
             if array is not None and _is_lost(node, array, number):
                 misfits.append(f"'{weight.name}' ({np.abs(array[np.isfinite(array)]).max():.3g})")
                 reason.setdefault(node, "beside values that do not fit")
-    enclosed = _enclosed_outputs(graph)
+    enclosed = graphs.enclosed_outputs(graph)
     reason |= {node: "that a subgraph returns" for node in forms if enclosed.intersection(node.outputs)}
     notes = []
     if misfits:
@@ -422,7 +258,7 @@ def _accumulates(node: ir.Node) -> bool:
     return node.op_type in SUMS or (reduction is not None and reduction.as_string() != "none")
 
 
-def _is_lost(node: ir.Node, weight: Array, number: _Format) -> bool:
+def _is_lost(node: ir.Node, weight: Array, number: Half) -> bool:
     """Whether a constant of ``node`` becomes something else in half: infinite, zero, or a scale of few digits."""
     values = np.abs(weight[np.isfinite(weight) & (weight != 0)])
     if not values.size:
@@ -445,7 +281,7 @@ def _from_integers(graph: ir.Graph) -> set[ir.Value]:
             if exact or (source is not None and (source.dtype == ir.DataType.BOOL or source in found)):
                 found.update(node.outputs)
             continue
-        floats = [value for value in node.inputs if _is_float(value) and not placement.is_constant(value)]
+        floats = [value for value in node.inputs if graphs.is_float(value) and not placement.is_constant(value)]
         if node.op_type == "Range" or (floats and found.issuperset(floats) and _is_pointwise(node)):
             found.update(node.outputs)
     return found
@@ -453,7 +289,7 @@ def _from_integers(graph: ir.Graph) -> set[ir.Value]:
 
 def _is_pointwise(node: ir.Node) -> bool:
     """Whether every value is computed from few others; an outer product, as of positions and frequencies, is."""
-    if node.op_type in _ELEMENTWISE | MOVERS | SUMS:
+    if node.op_type in _ELEMENTWISE | graphs.MOVERS | SUMS:
         return True
     if node.op_type != "MatMul":
         return False
@@ -465,7 +301,7 @@ def _is_pointwise(node: ir.Node) -> bool:
 
 def _follow_neighbours(half: dict[ir.Node, _Form]) -> None:
     """Take out of ``half`` what only moves FP32 values from FP32 to FP32."""
-    reached = [node for node in half if node.op_type not in MOVERS]
+    reached = [node for node in half if node.op_type not in graphs.MOVERS]
     kept = set(reached)
     while reached:
         node = reached.pop()
@@ -478,12 +314,12 @@ def _follow_neighbours(half: dict[ir.Node, _Form]) -> None:
         del half[node]
 
 
-def _lost_digits(half: Mapping[ir.Node, _Form], number: _Format) -> list[str]:
+def _lost_digits(half: Mapping[ir.Node, _Form], number: Half) -> list[str]:
     """Weights of which a tenth or more becomes zero or loses digits."""
     found: dict[str, float] = {}
     for node, form in half.items():
         for value, is_half in zip(node.inputs, form.inputs, strict=True):
-            weight = _weight(value) if is_half else None
+            weight = graphs.weight(value) if is_half else None
             if weight is None or value is None or not (used := np.count_nonzero(weight)):
                 continue
             small = np.count_nonzero((weight != 0) & (np.abs(weight) < number.smallest))
@@ -496,39 +332,17 @@ def _lost_digits(half: Mapping[ir.Node, _Form], number: _Format) -> list[str]:
 
 
 def _activations(graph: ir.Graph) -> list[ir.Value]:
-    inputs = [value for value in graph.inputs if _is_float(value)]
-    return inputs + [output for node in graph for output in node.outputs if _is_float(output)]
-
-
-def _bounds(value: ir.Value | None, statistics: Observed) -> tuple[float, float] | None:
-    """The finite extremes of a tensor, as far as known; 0 stands for an infinite one, which half holds, too."""
-    weight = _weight(value)
-    if weight is not None:
-        finite = weight[np.isfinite(weight)]
-        return float(finite.min(initial=0.0)), float(finite.max(initial=0.0))
-    found = statistics.get(str(value.name)) if value is not None else None
-    if found is None:
-        return None
-    return found.low if math.isfinite(found.low) else 0.0, found.high if math.isfinite(found.high) else 0.0
-
-
-def _peak(value: ir.Value | None, statistics: Observed) -> float:
-    bounds = _bounds(value, statistics)
-    return 0.0 if bounds is None else max(-bounds[0], bounds[1])
-
-
-def _weight(value: ir.Value | None) -> Array | None:
-    """The values of an FP32 constant."""
-    return placement.constant(value) if _is_float(value) else None
+    inputs = [value for value in graph.inputs if graphs.is_float(value)]
+    return inputs + [output for node in graph for output in node.outputs if graphs.is_float(output)]
 
 
 # --- rewriting ------------------------------------------------------------------------------------------------------
 
 
-def _rewrite(graph: ir.Graph, half: Mapping[ir.Node, _Form], number: _Format, names: FreeNames) -> None:
+def _rewrite(graph: ir.Graph, half: Mapping[ir.Node, _Form], number: Half, names: FreeNames) -> None:
     """Give the nodes of ``half`` their types, and cast what passes between them and the others, once per tensor."""
     values = [*graph.inputs, *graph.initializers.values(), *(output for node in graph for output in node.outputs)]
-    values = [value for value in dict.fromkeys(values) if _is_float(value)]
+    values = [value for value in dict.fromkeys(values) if graphs.is_float(value)]
     wanted: dict[ir.Value, list[tuple[ir.Node, int]]] = {}
     others: dict[ir.Value, list[tuple[ir.Node, int]]] = {}
     for value in values:
@@ -540,7 +354,7 @@ def _rewrite(graph: ir.Graph, half: Mapping[ir.Node, _Form], number: _Format, na
     made = {o for node, form in half.items() for o, is_half in zip(node.outputs, form.outputs, strict=True) if is_half}
     for node in half:
         if node.op_type == "ConstantOfShape":
-            filler = _filler(node)
+            filler = graphs.filler(node)
             stored = number.round(np.zeros(1, np.float32) if filler is None else filler)
             node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(stored))
     narrowed: dict[ir.Value, ir.Value] = {}
@@ -554,7 +368,7 @@ def _rewrite(graph: ir.Graph, half: Mapping[ir.Node, _Form], number: _Format, na
     _drop_casts(graph)
 
 
-def _widen(graph: ir.Graph, value: ir.Value, readers: Iterable[Edge], number: _Format, names: FreeNames) -> None:
+def _widen(graph: ir.Graph, value: ir.Value, readers: Iterable[Edge], number: Half, names: FreeNames) -> None:
     """``value`` is made in half; let those who need FP32 read it cast."""
     value.dtype = number.dtype
     readers, is_output = list(readers), value.is_graph_output()
@@ -563,7 +377,7 @@ def _widen(graph: ir.Graph, value: ir.Value, readers: Iterable[Edge], number: _F
     name = str(value.name)
     if is_output:
         value.name = names.free(f"{name}_{number.precision.value}")
-    wide = _like(value, name if is_output else names.free(f"{name}_fp32"), ir.DataType.FLOAT)
+    wide = graphs.like(value, name if is_output else names.free(f"{name}_fp32"), ir.DataType.FLOAT)
     for node, index in readers:
         node.replace_input_with(index, wide)
     for place, output in enumerate(graph.outputs):
@@ -571,7 +385,7 @@ def _widen(graph: ir.Graph, value: ir.Value, readers: Iterable[Edge], number: _F
             graph.outputs[place] = wide
     producer = value.producer()
     assert producer is not None, "what is made has a maker"
-    graph.insert_after(producer, _cast(value, wide, names))
+    graph.insert_after(producer, graphs.cast(value, wide, names))
 
 
 def _narrow(
@@ -579,7 +393,7 @@ def _narrow(
     value: ir.Value,
     readers: Sequence[Edge],
     narrowed: dict[ir.Value, ir.Value],
-    number: _Format,
+    number: Half,
     names: FreeNames,
 ) -> None:
     """``value`` is FP32; let ``readers`` read it cast, from what it was itself cast from, if so."""
@@ -589,8 +403,8 @@ def _narrow(
     if source.dtype == number.dtype:
         narrowed[source] = source
     elif source not in narrowed:
-        narrowed[source] = _like(source, names.free(f"{source.name}_{number.precision.value}"), number.dtype)
-        cast, maker = _cast(source, narrowed[source], names), source.producer()
+        narrowed[source] = graphs.like(source, names.free(f"{source.name}_{number.precision.value}"), number.dtype)
+        cast, maker = graphs.cast(source, narrowed[source], names), source.producer()
         if maker is None:
             graph.insert_before(graph[0], cast)
         else:
@@ -599,14 +413,14 @@ def _narrow(
         node.replace_input_with(index, narrowed[source])
 
 
-def _store_half(graph: ir.Graph, value: ir.Value, readers: Sequence[Edge], number: _Format, names: FreeNames) -> None:
+def _store_half(graph: ir.Graph, value: ir.Value, readers: Sequence[Edge], number: Half, names: FreeNames) -> None:
     """A weight in half, under its own name unless others still need it in FP32."""
-    weight = _weight(value)
+    weight = graphs.weight(value)
     assert weight is not None, "a constant"
-    stored = _register(graph, names.free(f"{value.name}_{number.precision.value}"), number.round(weight))
+    stored = graphs.register(graph, names.free(f"{value.name}_{number.precision.value}"), number.round(weight))
     for node, index in readers:
         node.replace_input_with(index, stored)
-    if _forget_unused(graph, value):
+    if graphs.forget_unused(graph, value):
         del graph.initializers[str(stored.name)]
         stored.name = value.name
         graph.register_initializer(stored)
@@ -614,7 +428,7 @@ def _store_half(graph: ir.Graph, value: ir.Value, readers: Sequence[Edge], numbe
 
 def _drop_casts(graph: ir.Graph) -> None:
     """Remove casts that nobody reads any more, and those that became casts to what they read."""
-    returned = _enclosed_outputs(graph)
+    returned = graphs.enclosed_outputs(graph)
     for node in reversed(list(graph)):
         output = node.outputs[0]
         if node.op_type != "Cast" or node.domain != "" or output.is_graph_output() or output in returned:
@@ -624,37 +438,3 @@ def _drop_casts(graph: ir.Graph) -> None:
             output.replace_all_uses_with(source)
         if not output.uses():
             graph.remove(node, safe=True)
-
-
-def _register(graph: ir.Graph, name: str, array: Array) -> ir.Value:
-    tensor = ir.Tensor(array, name=name)
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
-    graph.register_initializer(value)
-    return value
-
-
-def _forget_unused(graph: ir.Graph, value: ir.Value) -> bool:
-    """Remove an initialiser that nobody reads. Returns whether it did."""
-    if value.uses() or value.is_graph_output() or value in _enclosed_outputs(graph):
-        return False
-    del graph.initializers[str(value.name)]
-    return True
-
-
-def _cast(value: ir.Value, output: ir.Value, names: FreeNames) -> ir.Node:
-    assert output.dtype is not None, "a cast has a type"
-    return ir.node("Cast", [value], {"to": output.dtype}, outputs=[output], name=names.free(f"{output.name}_cast"))
-
-
-def _like(value: ir.Value, name: str, dtype: ir.DataType) -> ir.Value:
-    return ir.Value(name=name, type=ir.TensorType(dtype), shape=None if value.shape is None else value.shape.copy())
-
-
-def _enclosed(graph: ir.Graph) -> set[ir.Value]:
-    """Values that a subgraph reads."""
-    return {v for g in graph.subgraphs() for node in g for v in node.inputs if v is not None} | _enclosed_outputs(graph)
-
-
-def _enclosed_outputs(graph: ir.Graph) -> set[ir.Value]:
-    """Values that a subgraph returns, its own among them."""
-    return {value for inner in graph.subgraphs() for value in inner.outputs}

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from compiler.errors import CalibrationError
 from compiler.onnx_files import FreeNames
 from compiler.quantize import placement, thresholds
+from compiler.quantize.formats import SMALLEST_SCALE
 from compiler.quantize.observe import Observed
 from compiler.quantize.placement import Edge, Placement
 from compiler.spec import Array
@@ -113,7 +114,7 @@ def round_weight(
     scale = np.where(peak == 0, peak.max() or 1.0, peak) / np.float32(thresholds.LEVELS)
     if bias is not None and bias.shape == scale.shape:
         scale = np.maximum(scale, np.abs(bias.astype(np.float64)) / (input_scale * BIAS_STEPS))
-    scale = np.maximum(scale, thresholds.SMALLEST_SCALE).astype(np.float32)
+    scale = np.maximum(scale, SMALLEST_SCALE).astype(np.float32)
     shape = [-1 if i == axis else 1 for i in range(weight.ndim)] if axis is not None else []
     steps = np.rint(weight / scale.reshape(shape))
     return np.clip(steps, -thresholds.LEVELS, thresholds.LEVELS).astype(np.int8), scale, zeros

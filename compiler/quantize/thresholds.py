@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from compiler.quantize.formats import SMALLEST_SCALE
 from compiler.quantize.observe import FINITE_BINS, TensorStatistics, edges
 from compiler.spec import Array
 
 LEVELS = 127
 """Steps from zero to the threshold."""
-
-SMALLEST_SCALE = np.finfo(np.float32).tiny
-"""The smallest normal float32: dividing by anything smaller overflows or traps somewhere."""
 
 MASK_BELOW = -1e30
 ORDINARY_BELOW = 1e15
