@@ -301,7 +301,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     lines = _key_lines(text)
     overridden = set()
     for override in overrides:
-        overridden.add(_override(values, override))
+        overridden.update(_override(values, override))
     problems: list[_Problem] = []
     recipe = _decode(values, Recipe, (), problems)
     if not problems:
@@ -328,8 +328,12 @@ def _read(path: Path) -> str:
         raise RecipeError(f"{path}: cannot be read: {exc.strerror}.") from exc
 
 
-def _override(values: dict[str, Any], override: str) -> tuple[str | int, ...]:
-    """Apply one ``--set``; the value is TOML, or else a bare string."""
+def _override(values: dict[str, Any], override: str) -> list[tuple[str | int, ...]]:
+    """Apply one ``--set``; the value is TOML, or else a bare string. ``engines.key=value`` sets it in every engine.
+
+    Returns:
+        The paths that were set.
+    """
     key, separator, raw = override.partition("=")
     names = [name.strip() for name in key.split(".")]
     if not separator or not all(names):
@@ -338,6 +342,13 @@ def _override(values: dict[str, Any], override: str) -> tuple[str | int, ...]:
         value = tomli.loads(f"value = {raw.strip()}")["value"]
     except (ValueError, RecursionError):
         value = raw.strip()
+    table = values.get(names[0])
+    if len(names) > 1 and isinstance(table, list) and not names[1].isdecimal():
+        return [_set(values, [names[0], str(index), *names[1:]], value, override) for index in range(len(table))]
+    return [_set(values, names, value, override)]
+
+
+def _set(values: dict[str, Any], names: Sequence[str], value: Any, override: str) -> tuple[str | int, ...]:
     place: Any = values
     path: list[str | int] = []
     for position, name in enumerate(names):

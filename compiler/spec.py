@@ -160,6 +160,8 @@ class PrecisionProof:
     layers: int
     """Layers that multiply: convolutions and matrix products."""
     as_asked: int
+    by_precision: Mapping[str, int]
+    """Layers by what they compute in: ``int8``, ``fp16``, ...; ``fp16 x int4`` where only weights are quantised."""
     departures: tuple[Departure, ...] = ()
     weight_bytes: int | None = None
     """What the builder says the engine's weights take."""

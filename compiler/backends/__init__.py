@@ -2,44 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
 from compiler.backends import onnxruntime, tensorrt
-from compiler.errors import BackendUnavailableError
-from compiler.recipe import EngineSection
-from compiler.spec import Engine, OnnxModel, Platform, Precision, Runner
+from compiler.errors import BackendUnavailableError, RecipeError
+from compiler.recipe import EngineSection, TensorRTSection
+from compiler.spec import Engine, OnnxModel, Platform, Precision, Progress, Runner, no_progress
 
 
 class Backend(Protocol):
-    """What a module in `compiler.backends` offers."""
+    """What a member of `NAMES` offers. The first five load nothing heavy."""
 
-    NAME: str
-    PRECISIONS: frozenset[Precision]
+    @property
+    def NAME(self) -> str: ...  # noqa: N802
+
+    @property
+    def PRECISIONS(self) -> frozenset[Precision]: ...  # noqa: N802
 
     def unavailable(self) -> str | None:
-        """Why this back end cannot be used here and what to do, or None where it can. Never raises."""
+        """Why this back end cannot build here and what to do, or None where it can. Never raises."""
+
+    def cannot_run(self) -> str | None:
+        """Why what it builds cannot run here, or None where it can. Never raises."""
+
+    def refused(self, section: TensorRTSection) -> Iterable[tuple[str, str]]:
+        """Keys of ``[tensorrt]`` that this back end does not take, each with the reason."""
 
     def fingerprint(self) -> Mapping[str, str]:
-        """What an engine built here depends on besides its model: versions, GPU, driver. Loads nothing heavy."""
+        """What an engine built here depends on besides its model: versions, GPU, driver."""
 
     def platform(self) -> Platform: ...
 
-    def build(self, model: OnnxModel, *, name: str, reason: str, threads: int, out_dir: Path) -> Engine: ...
+    def build(
+        self,
+        model: OnnxModel,
+        *,
+        name: str,
+        reason: str,
+        threads: int,
+        out_dir: Path,
+        section: TensorRTSection | None = None,
+        caches: Path | None = None,
+        progress: Progress = no_progress,
+    ) -> Engine:
+        """Build ``model`` into ``out_dir``.
+
+        Args:
+            model: what to build.
+            name: the engine's.
+            reason: why this back end was chosen; goes into the engine.
+            threads: CPU threads that the engine will have.
+            out_dir: an empty folder.
+            section: ``[tensorrt]``; nothing to a back end that refuses none of its keys.
+            caches: where a back end may keep what speeds up its next build; None: nowhere.
+            progress: told how far the build is.
+        """
 
     def open(self, engine: Engine, *, threads: int) -> Runner: ...
 
 
 NAMES: Mapping[str, Backend] = {
     "onnxruntime": onnxruntime,
-    "tensorrt": tensorrt,
-    "tensorrt_rtx": tensorrt,
+    "tensorrt": tensorrt.TENSORRT,
+    "tensorrt_rtx": tensorrt.RTX,
 }
 """By the name that a recipe uses."""
 
-PREFERRED = ("tensorrt", "onnxruntime")
-"""What ``auto`` tries, in this order."""
+PREFERRED = ("tensorrt", "tensorrt_rtx", "onnxruntime")
+"""What ``auto`` tries, in this order; it takes the first whose engines run here, since only those can be proved here."""
 
 
 def get(name: str) -> Backend:
@@ -47,22 +79,37 @@ def get(name: str) -> Backend:
     return NAMES[name]
 
 
-def choose(engine: EngineSection) -> tuple[str, str]:
+def choose(engine: EngineSection, section: TensorRTSection | None = None) -> tuple[str, str]:
     """The name of the back end that builds ``engine``, and why, in words.
+
+    Args:
+        engine: what to build.
+        section: ``[tensorrt]``, every key of which the back end must take.
 
     Raises:
         BackendUnavailableError: the recipe names one that cannot be used here, or that does not take the precision.
+        RecipeError: the recipe names one that does not take an option of ``section``.
     """
+    section = section or TensorRTSection()
     if engine.backend != "auto":
         refusal = _refusal(engine, engine.backend)
         if refusal is not None:
             raise BackendUnavailableError(f"engine '{engine.label}': backend '{engine.backend}': {refusal}.")
+        problems = [
+            f"[tensorrt] {key}: engine '{engine.label}', backend '{engine.backend}', does not take it: {reason}."
+            for key, reason in get(engine.backend).refused(section)
+        ]
+        if problems:
+            raise RecipeError("\n".join(problems))
         return engine.backend, "named in the recipe"
     refusals: list[str] = []
     for name in PREFERRED:
-        refusal = _refusal(engine, name)
+        refusal = _refusal(engine, name) or get(name).cannot_run()
         if refusal is None:
-            return name, "; ".join([f"{name}: the first that can be used here", *refusals])
+            key, why = next(iter(get(name).refused(section)), ("", ""))
+            refusal = f"does not take [tensorrt] {key}: {why}" if key else None
+        if refusal is None:
+            return name, "; ".join([f"{name}: the first whose engines run here", *refusals])
         refusals.append(f"{name}: {refusal}")
     raise BackendUnavailableError(f"engine '{engine.label}': no back end can be used: {'; '.join(refusals)}.")
 

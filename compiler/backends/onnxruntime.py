@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,20 @@ import numpy as np
 from compiler import source
 from compiler.backends import machine
 from compiler.errors import BuildError
-from compiler.spec import Array, Engine, Feeds, OnnxModel, Platform, Precision, Runner, TensorSpec, dtype_of
+from compiler.recipe import TensorRTSection
+from compiler.spec import (
+    Array,
+    Engine,
+    Feeds,
+    OnnxModel,
+    Platform,
+    Precision,
+    Progress,
+    Runner,
+    TensorSpec,
+    dtype_of,
+    no_progress,
+)
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -43,6 +56,16 @@ def unavailable() -> str | None:
     return None
 
 
+def cannot_run() -> str | None:
+    """It runs where it builds."""
+    return None
+
+
+def refused(section: TensorRTSection) -> Iterable[tuple[str, str]]:  # noqa: ARG001
+    """``[tensorrt]`` is not about this back end."""
+    return ()
+
+
 def fingerprint() -> Mapping[str, str]:
     gpu = machine.gpu()
     return {
@@ -56,7 +79,17 @@ def platform() -> Platform:
     return machine.describe(_PACKAGES)
 
 
-def build(model: OnnxModel, *, name: str, reason: str, threads: int, out_dir: Path) -> Engine:
+def build(
+    model: OnnxModel,
+    *,
+    name: str,
+    reason: str,
+    threads: int,
+    out_dir: Path,
+    section: TensorRTSection | None = None,  # noqa: ARG001
+    caches: Path | None = None,  # noqa: ARG001
+    progress: Progress = no_progress,  # noqa: ARG001 - a second or two
+) -> Engine:
     """Lower ``model``, write ``engine.onnx``, open it and run the model's probe through it.
 
     Raises:

@@ -23,10 +23,11 @@ _TITLES = {
     "observe": "calibrate",
     "quantize": "convert",
     "build": "build",
+    "stand_in": "build stand-in",
     "accuracy": "score",
     "latency": "time",
 }
-_STYLES = {"pass": "green", "fail": "bold red", "inconclusive": "yellow"}
+STYLES = {"pass": "green", "fail": "bold red", "inconclusive": "yellow", "deferred": "cyan"}
 
 
 def title(step: Step) -> str:
@@ -111,13 +112,13 @@ def show_report(console: Console, content: Mapping[str, Any]) -> None:
         table.add_column(heading, overflow="fold", justify="left" if heading in ("engine", "verdict") else "right")
     for row in rows:
         *cells, verdict = row
-        table.add_row(*cells, Text(verdict, style=_STYLES.get(verdict, "")))
+        table.add_row(*cells, Text(verdict, style=STYLES.get(verdict, "")))
     console.print()
     console.print(table)
     for engine in content["engines"]:
         for gate in engine["gates"]:
             if gate["outcome"] != "pass":
-                style = _STYLES[gate["outcome"]]
+                style = STYLES[gate["outcome"]]
                 console.print(Text.assemble((f"{gate['outcome']}: ", style), f"{engine['name']}: {gate['reason']}"))
     for failure in content["failures"]:
         console.print(Text.assemble(("failed: ", "bold red"), f"{failure['engine']}: {failure['message']}"))

@@ -18,8 +18,18 @@ from typing import Any
 import msgspec
 
 from compiler import backends, codec, source
-from compiler.recipe import EngineSection, Recipe
+from compiler.recipe import EngineSection, Recipe, TensorRTSection
 from compiler.spec import DataSets, Engine, Interface, Latencies, OnnxModel, Outputs, Precision, Scores, Statistics
+
+STAND_IN = "onnxruntime"
+"""The back end that runs the same ONNX file where an engine cannot run."""
+
+_BUILD_KEYS = tuple(
+    key
+    for key in TensorRTSection.__struct_fields__
+    if key not in ("limit_s", "limit_mib", "ahead_of_time", "timing_cache")
+)
+"""Keys of ``[tensorrt]`` that change what is built."""
 
 _SHARED = ("spec.py", "source.py", "data.py", "onnx_files.py", "pipeline/steps.py")
 
@@ -73,6 +83,7 @@ STAGES: Mapping[str, Stage] = {
         error="CalibrationError",
     ),
     "build": Stage(result=Engine, sources=("backends",), packages=_GRAPH, error="BuildError"),
+    "stand_in": Stage(result=Engine, sources=("backends",), packages=_GRAPH, error="BuildError"),
     "accuracy": Stage(
         result=Scores,
         sources=("validate/accuracy.py", "validate/statistics.py", "metrics.py", "backends"),
@@ -102,6 +113,10 @@ class Step:
     """The engine whose branch this step is in; None: every engine needs it."""
     backend: str | None = None
     backend_reason: str = ""
+    limit_s: int | None = None
+    """Seconds after which the step is ended."""
+    limit_mib: int | None = None
+    """Resident memory above which the step is ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +148,9 @@ def make(
 
     Raises:
         BackendUnavailableError: an engine names a back end that this machine lacks.
+        RecipeError: an engine names one that does not take an option of ``[tensorrt]``.
     """
+    chosen = {engine.label: backends.choose(engine, recipe.tensorrt) for engine in recipe.engines}
     files = source.fingerprint(sources, memo=memo)
     steps: list[Step] = []
 
@@ -141,7 +158,10 @@ def make(
         label = engine.label if engine else None
         keys = {step.id: step.key for step in steps}
         declared = STAGES[stage]
-        backend, reason = backends.choose(engine) if engine else (None, "")
+        backend, reason = chosen[engine.label] if engine else (None, "")
+        if stage == "stand_in":
+            backend, reason = STAND_IN, f"stands in for {backend}, which cannot run here"
+        limited = stage == "build" and backend != STAND_IN
         key = codec.key(
             {
                 "stage": stage,
@@ -154,7 +174,17 @@ def make(
         )
         id = f"{stage}:{label}" if label else stage
         steps.append(
-            Step(id=id, stage=stage, key=key, needs=needs, engine=label, backend=backend, backend_reason=reason)
+            Step(
+                id=id,
+                stage=stage,
+                key=key,
+                needs=needs,
+                engine=label,
+                backend=backend,
+                backend_reason=reason,
+                limit_s=recipe.tensorrt.limit_s if limited else None,
+                limit_mib=(recipe.tensorrt.limit_mib or None) if limited else None,
+            )
         )
         return id
 
@@ -179,7 +209,9 @@ def make(
     if calibrated:
         sizes = {"samples": recipe.quantize.samples, "min_samples": recipe.quantize.min_samples}
         observe = add("observe", {"model": model, "data": data}, sizes)
-    built = {}
+    built: dict[str, str] = {}
+    stand_ins: dict[str, str] = {}
+    threads = recipe.latency.threads or usable_threads()
     for engine in recipe.engines:
         ready = model
         if engine.precision is not Precision.FP32:
@@ -189,30 +221,34 @@ def make(
                 {"section": _quantize_section(recipe, engine), "engine": msgspec.to_builtins(engine)},
                 engine,
             )
-        name, _ = backends.choose(engine)
+        name, _ = chosen[engine.label]
+        section = {} if name == STAND_IN else {key: plain["tensorrt"][key] for key in _BUILD_KEYS}
         built[engine.label] = add(
             "build",
             {"model": ready},
-            {
-                "backend": name,
-                "threads": recipe.latency.threads or usable_threads(),
-                **backends.get(name).fingerprint(),
-            },
+            {"backend": name, "threads": threads, "section": section, **backends.get(name).fingerprint()},
             engine,
         )
+        if backends.get(name).cannot_run() is not None:
+            parts = {"backend": STAND_IN, "threads": threads, **backends.get(STAND_IN).fingerprint()}
+            stand_ins[engine.label] = add("stand_in", {"model": ready}, parts, engine)
     for engine in recipe.engines:
-        add(
-            "accuracy",
-            {"engine": built[engine.label], "data": data, "original": reference},
-            {"files": files, "backend": backends.get(backends.choose(engine)[0]).fingerprint()},
-            engine,
-        )
-    add(
-        "latency",
-        {"data": data, **{f"engine:{label}": id for label, id in built.items()}},
-        {**interface, "section": plain["latency"], "machine": machine},
+        needs = {"engine": built[engine.label], "data": data, "original": reference}
+        runs = chosen[engine.label][0]
+        if engine.label in stand_ins:
+            needs["stand_in"], runs = stand_ins[engine.label], STAND_IN
+        add("accuracy", needs, {"files": files, "backend": backends.get(runs).fingerprint()}, engine)
+    timed = {f"engine:{label}": id for label, id in built.items() if label not in stand_ins}
+    if timed:
+        add("latency", {"data": data, **timed}, {**interface, "section": plain["latency"], "machine": machine})
+    run_key = codec.key(
+        {
+            "steps": {step.id: step.key for step in steps},
+            "gates": plain["gates"],
+            "ahead_of_time": recipe.tensorrt.ahead_of_time,
+            "name": recipe.name,
+        }
     )
-    run_key = codec.key({"steps": {step.id: step.key for step in steps}, "gates": plain["gates"], "name": recipe.name})
     return Plan(steps=tuple(steps), run_key=run_key)
 
 
@@ -221,13 +257,14 @@ def for_engines(plan: Plan, engines: Mapping[str, Engine]) -> Plan:
     keys: dict[str, str] = {}
     steps = []
     for step in plan.steps:
-        if step.stage in ("export", "optimize", "observe", "quantize"):
+        if step.stage in ("export", "optimize", "observe", "quantize", "stand_in"):
             continue
         if step.stage == "build":
             step = replace(step, key=codec.key({"adopted": engines[step.engine or ""].sha256}), needs={})
         elif step.stage in ("accuracy", "latency"):
-            inputs = {name: keys[id] for name, id in step.needs.items()}
-            step = replace(step, key=codec.key({"validated": step.key, "inputs": inputs}))
+            needs = {name: id for name, id in step.needs.items() if name != "stand_in"}
+            inputs = {name: keys[id] for name, id in needs.items()}
+            step = replace(step, key=codec.key({"validated": step.key, "inputs": inputs}), needs=needs)
         keys[step.id] = step.key
         steps.append(step)
     return Plan(steps=tuple(steps), run_key=plan.run_key)

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,10 @@ from compiler.spec import Engine, Interface
 TOOK = "took.json"
 _LOG_LINES_SHOWN = 5
 _GRACE_S = 3.0
+_WATCH_S = 0.2
+
+CACHES = "caches"
+"""Folder of the store in which back ends keep what speeds up their next build."""
 """Seconds between asking a child to end and ending it."""
 
 
@@ -157,14 +162,14 @@ class _Run:
             name: {"stage": self.plan.step(id).stage, "folder": str(self.finished.folders[id])}
             for name, id in needs.items()
         }
-        job = _job(step, self.recipe, self.base, inputs, folder, threads=self.threads)
+        job = _job(step, self.recipe, self.base, inputs, folder, caches=self.store.root / CACHES, threads=self.threads)
         peak_mib = _run_child(step, job, self.store.log_path(key), self.watcher)
         took = {"seconds": round(time.monotonic() - began, 3), "peak_mib": peak_mib}
         (folder / TOOK).write_text(json.dumps(took))
 
 
 def _job(
-    step: Step, recipe: Recipe, base: Path, inputs: Mapping[str, Any], out_dir: Path, *, threads: int
+    step: Step, recipe: Recipe, base: Path, inputs: Mapping[str, Any], out_dir: Path, *, caches: Path, threads: int
 ) -> dict[str, Any]:
     """What `compiler.pipeline.worker` is given."""
     return {
@@ -176,6 +181,7 @@ def _job(
         "backend_reason": step.backend_reason,
         "inputs": inputs,
         "out_dir": str(out_dir),
+        "caches": str(caches),
         "threads": threads,
         "parent": os.getpid(),
     }
@@ -210,8 +216,9 @@ def _run_child(step: Step, job: dict[str, Any], log_path: Path, watcher: Watcher
             },
         )
         os.close(writer)
+        guard = _Guard(child, step)
         try:
-            with os.fdopen(reader) as reports:
+            with guard, os.fdopen(reader) as reports:
                 for line in reports:
                     event = json.loads(line)
                     if "done" in event:
@@ -219,9 +226,13 @@ def _run_child(step: Step, job: dict[str, Any], log_path: Path, watcher: Watcher
                     else:
                         end = event
                         break
-            child.wait()
+                child.wait()
         finally:
             _end_group(child)
+    if guard.ended is not None:
+        raise errors.BY_NAME[STAGES[step.stage].error](
+            f"step {step.id}: {guard.ended} Its log is {log_path}{_tail(log_path)}"
+        )
     if end is not None and end.get("result"):
         log_path.unlink(missing_ok=True)
         peak: int = end["peak_mib"]
@@ -240,11 +251,68 @@ def _failure(step: Step, code: int, end: Mapping[str, Any] | None, log_path: Pat
         return StepBugError(f"step {step.id}: {end['message']}; its log is {log_path}")
     died = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code} and no result"
     hint = " Memory may have run out: use fewer samples or a smaller axis." if code == -signal.SIGKILL else ""
-    tail = [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()][-_LOG_LINES_SHOWN:]
-    said = "".join(f"\n    {line[:300]}" for line in tail)
     return errors.BY_NAME[STAGES[step.stage].error](
-        f"step {step.id}: the child process {died}.{hint} Its log is {log_path}{', ending in:' if said else '.'}{said}"
+        f"step {step.id}: the child process {died}.{hint} Its log is {log_path}{_tail(log_path)}"
     )
+
+
+def _tail(log_path: Path) -> str:
+    """The end of a sentence that ends in the name of a log: its last lines."""
+    lines = [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()][-_LOG_LINES_SHOWN:]
+    return ", ending in:" + "".join(f"\n    {line[:300]}" for line in lines) if lines else "."
+
+
+class _Guard:
+    """Ends a child that passes a limit of its step; ``ended`` then says which, in a sentence."""
+
+    def __init__(self, child: subprocess.Popen[bytes], step: Step) -> None:
+        self.ended: str | None = None
+        self._child, self._step = child, step
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> _Guard:
+        if self._step.limit_s is not None or self._step.limit_mib is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _watch(self) -> None:
+        began = time.monotonic()
+        while not self._over.wait(_WATCH_S):
+            self.ended = self._passed(time.monotonic() - began)
+            if self.ended is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._child.pid, signal.SIGKILL)
+                return
+
+    def _passed(self, seconds: float) -> str | None:
+        limit_s, limit_mib = self._step.limit_s, self._step.limit_mib
+        if limit_s is not None and seconds > limit_s:
+            return (
+                f"ended after {seconds:.0f} s; at most {limit_s} s were expected ([tensorrt] limit_s). Raise the limit, or "
+                "lower [tensorrt] optimization_level."
+            )
+        used_mib = _resident_mib(self._child.pid) if limit_mib is not None else 0
+        if limit_mib is not None and used_mib > limit_mib:
+            return (
+                f"ended with {used_mib:,} MiB of memory in use; at most {limit_mib:,} were expected ([tensorrt] limit_mib). "
+                "Raise the limit, or build a smaller model."
+            )
+        return None
+
+
+def _resident_mib(pid: int) -> int:
+    """Memory that a process has in use; 0 where the system does not tell."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE") >> 20
 
 
 def _end_group(child: subprocess.Popen[bytes]) -> None:
@@ -277,7 +345,8 @@ def inspect(model: Path) -> Interface:
     with Store.temporary() as store:
         folder = store.root / "inspect"
         folder.mkdir()
-        job = _job(step, recipe, model.absolute().parent, {}, folder, threads=usable_threads())
+        base = model.absolute().parent
+        job = _job(step, recipe, base, {}, folder, caches=store.root / CACHES, threads=usable_threads())
         _run_child(step, job, store.log_path("inspect"), _Unwatched())
         return codec.load((folder / RESULT).read_bytes(), Interface, folder)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -14,12 +14,24 @@ from typing import Any
 
 from compiler import artifact, backends, durable, report, source
 from compiler import recipe as recipes
-from compiler.errors import ArtifactError, BuildEngineError, GateFailedError, InconclusiveError, RecipeError
+from compiler.errors import (
+    ArtifactError,
+    BackendUnavailableError,
+    BuildEngineError,
+    GateFailedError,
+    InconclusiveError,
+    RecipeError,
+)
 from compiler.pipeline import plan as plans
 from compiler.pipeline.store import Store
 from compiler.spec import Engine, GateResult, Outcome, Scores, Verdict
 
-_EXIT = {Outcome.PASS: 0, Outcome.FAIL: GateFailedError.exit_code, Outcome.INCONCLUSIVE: InconclusiveError.exit_code}
+_EXIT = {
+    Outcome.PASS: 0,
+    Outcome.DEFERRED: 0,
+    Outcome.FAIL: GateFailedError.exit_code,
+    Outcome.INCONCLUSIVE: InconclusiveError.exit_code,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +160,7 @@ def _build(recipe: recipes.Recipe, base: Path, plan: plans.Plan, store: Store, o
 
 def conclude(recipe: recipes.Recipe, plan: plans.Plan, finished: Any, options: Options, out: Any) -> int:
     """Judge what was measured, print it, and write the artifact."""
+    from compiler.pipeline import console
     from compiler.validate import judge
 
     values = finished.values
@@ -157,8 +170,9 @@ def conclude(recipe: recipes.Recipe, plan: plans.Plan, finished: Any, options: O
     original = values["export"]
     original_bytes = sum(path.stat().st_size for path in (original.path, *original.external_data))
     latencies = values.get("latency")
-    verdicts = judge.judge(recipe.gates, engines, scores, latencies, original_bytes)
-    outcome = worst(verdicts, failed=bool(finished.failures))
+    ahead = recipe.tensorrt.ahead_of_time
+    verdicts = judge.judge(recipe.gates, engines, scores, latencies, original_bytes, ahead_of_time=ahead)
+    outcome = Outcome.FAIL if finished.failures else judge.worst(verdict.outcome for verdict in verdicts)
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     content = report.assemble(
         name=recipe.name,
@@ -184,7 +198,7 @@ def conclude(recipe: recipes.Recipe, plan: plans.Plan, finished: Any, options: O
     code = _EXIT[outcome]
     if finished.failures:
         code = next(iter(finished.failures.values())).exit_code
-    name = recipe.name if outcome is Outcome.PASS else rejected(recipe.name)
+    name = recipe.name if not _EXIT[outcome] else rejected(recipe.name)
     folder = options.output / name
     lost: BuildEngineError | None = None
     try:
@@ -213,18 +227,14 @@ def conclude(recipe: recipes.Recipe, plan: plans.Plan, finished: Any, options: O
         # The verdict is what a pipeline waits for: a full disk must not hide it.
         out.print(f"warning: the report could not be written: {lost.message}", style="yellow")
         return code
-    style = {Outcome.PASS: "green", Outcome.FAIL: "bold red", Outcome.INCONCLUSIVE: "yellow"}[outcome]
-    kept = "" if outcome is Outcome.PASS else f" ({options.output / recipe.name} is left as it was)"
-    out.print(f"\n{outcome.value}: {folder}{kept}", style=style)
+    if any(score.stand_in for score in scores.values()):
+        todo = f"To complete the evidence, on the target: build-engine verify {folder} --recipe {recipe.name}.toml"
+        if not recipe.tensorrt.ahead_of_time:
+            todo += "\nTo leave that to the target and pass here: [tensorrt] ahead_of_time = true"
+        out.print(f"\n{todo}")
+    kept = "" if name == recipe.name else f" ({options.output / recipe.name} is left as it was)"
+    out.print(f"\n{outcome.value}: {folder}{kept}", style=console.STYLES[outcome.value])
     return code
-
-
-def worst(verdicts: Sequence[Verdict], *, failed: bool) -> Outcome:
-    """The outcome of a run: one missed gate fails it, one undecided gate leaves it undecided."""
-    outcomes = {verdict.outcome for verdict in verdicts}
-    if failed or Outcome.FAIL in outcomes:
-        return Outcome.FAIL
-    return Outcome.INCONCLUSIVE if Outcome.INCONCLUSIVE in outcomes else Outcome.PASS
 
 
 def verify(folder: Path, recipe_path: Path | None, overrides: tuple[str, ...], *, as_json: bool) -> int:
@@ -233,9 +243,11 @@ def verify(folder: Path, recipe_path: Path | None, overrides: tuple[str, ...], *
     gates: list[GateResult] = []
     code = 0
     if recipe_path is not None:
+        from compiler.validate import judge
+
         verdicts = _validate_again(manifest, recipe_path, overrides)
         gates = [gate for verdict in verdicts for gate in verdict.gates]
-        code = _EXIT[worst(verdicts, failed=False)]
+        code = _EXIT[judge.worst(verdict.outcome for verdict in verdicts)]
     if as_json:
         checked = {
             "folder": str(folder),
@@ -267,6 +279,11 @@ def _validate_again(manifest: artifact.Manifest, recipe_path: Path, overrides: t
             f"{recipe_path}: its engines are {', '.join(sorted(labels))}; {manifest.folder} holds "
             f"{', '.join(sorted(engines))}. Name the recipe that the artifact was built from."
         )
+    for engine in manifest.engines:
+        if reason := backends.get(engine.backend).cannot_run():
+            raise BackendUnavailableError(
+                f"{engine.path}: engine '{engine.name}' of {engine.backend} cannot run here: {reason}. Verify it on its target."
+            )
     out = console.make()
     with Store.open() as known, Store.temporary(older=known.root) as store:
         plan = plans.for_engines(
@@ -280,7 +297,7 @@ def _validate_again(manifest: artifact.Manifest, recipe_path: Path, overrides: t
             finished = run.execute(plan, recipe, base, store, watcher, threads=threads, keep_going=False)
         scores = {name: finished.values[f"accuracy:{name}"] for name in engines}
         return judge.judge(
-            recipe.gates, tuple(engines.values()), scores, finished.values["latency"], manifest.original_bytes
+            recipe.gates, tuple(engines.values()), scores, finished.values.get("latency"), manifest.original_bytes
         )
 
 

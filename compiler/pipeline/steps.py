@@ -7,7 +7,7 @@ that they may not import (`open_model`, the user's metrics, a runner of the orig
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from compiler.spec import (
     Progress,
     Runner,
     Scores,
+    StandIn,
     Statistics,
     batch_axis,
 )
@@ -45,6 +46,8 @@ class Job:
     backend_reason: str
     inputs: Mapping[str, Any]
     out_dir: Path
+    caches: Path
+    """Where a back end may keep what speeds up its next build."""
     threads: int
     progress: Progress
 
@@ -148,6 +151,9 @@ def _build(job: Job) -> Engine:
         reason=job.backend_reason,
         threads=job.threads,
         out_dir=job.out_dir,
+        section=job.recipe.tensorrt,
+        caches=job.caches,
+        progress=job.progress,
     )
 
 
@@ -155,14 +161,21 @@ def _accuracy(job: Job) -> Scores:
     from compiler.validate import accuracy
 
     engine: Engine = job.inputs["engine"]
+    runs: Engine = job.inputs.get("stand_in", engine)
     measures = user_measures(job.sources)
-    runner = backends.get(engine.backend).open(engine, threads=job.threads)
+    runner = backends.get(runs.backend).open(runs, threads=job.threads)
     try:
-        return accuracy.score(
+        scores = accuracy.score(
             engine, runner, job.inputs["data"].validation, job.inputs["original"], **measures, progress=job.progress
         )
     finally:
         runner.close()
+    if runs is engine:
+        return scores
+    assert runs.model_sha256 == engine.model_sha256, "a stand-in is built from the very same file"
+    why = backends.get(engine.backend).cannot_run() or "it could not run where the plan was made"
+    stand_in = StandIn(backend=runs.backend, engine_sha256=runs.sha256, model_sha256=runs.model_sha256, reason=why)
+    return replace(scores, stand_in=stand_in)
 
 
 def user_measures(sources: source.Sources) -> dict[str, dict[str, Callable[..., Any]]]:
@@ -241,6 +254,7 @@ RUN: Mapping[str, Callable[[Job], Any]] = {
     "observe": _observe,
     "quantize": _quantize,
     "build": _build,
+    "stand_in": _build,
     "accuracy": _accuracy,
     "latency": _latency,
     "inspect": _inspect,

@@ -72,6 +72,7 @@ def _run(job: Mapping[str, Any], out_dir: Path, report: TextIO) -> Any:
             backend_reason=job["backend_reason"],
             inputs=inputs,
             out_dir=out_dir,
+            caches=Path(job["caches"]),
             threads=job["threads"],
             progress=lambda done, total: _send(report, done=done, total=total),
         )

@@ -11,20 +11,25 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
 
 from compiler.errors import ArtifactError, RecipeError, suggest
 from compiler.recipe import SIZE_METRICS, SPEED_METRICS, GateSection
-from compiler.spec import Engine, GateResult, Latencies, Latency, Outcome, Score, Scores, Speed, Verdict
+from compiler.spec import Engine, GateResult, Latencies, Latency, Outcome, Score, Scores, Speed, StandIn, Verdict
 from compiler.validate import estimates, statistics
 from compiler.validate.estimates import Estimate
 
 FINITE = "finite"
 """The gate that every engine has."""
+
+RAN = "ran"
+"""The gate of an engine that cannot run where it was built."""
+
+_WORST_FIRST = (Outcome.FAIL, Outcome.INCONCLUSIVE, Outcome.DEFERRED, Outcome.PASS)
 
 _PERCENTILES = {"p50_ms": 0.5, "p90_ms": 0.9, "p99_ms": 0.99}
 _SHOWN_IDS = 20
@@ -47,13 +52,18 @@ def judge(
     scores: Mapping[str, Scores],
     latencies: Latencies | None,
     original_size_bytes: int,
+    *,
+    ahead_of_time: bool = False,
 ) -> tuple[Verdict, ...]:
     """One verdict per engine, in their order.
 
     Args:
+        gates: the recipe's.
+        engines: what is to ship.
         scores: by engine name.
         latencies: None where nothing was timed: gates on latency are then inconclusive.
         original_size_bytes: what ``size_ratio`` divides by.
+        ahead_of_time: what an engine that cannot run here leaves open is deferred to its target, not inconclusive.
 
     Raises:
         RecipeError: gates that no score or no timed batch size answers; all of them at once.
@@ -66,7 +76,14 @@ def judge(
         raise RecipeError("\n".join(problems))
     sizes = {engine.name: engine.size_bytes for engine in engines} | {"original": original_size_bytes}
     sizes |= {estimates.EAGER: original_size_bytes, estimates.COMPILED: original_size_bytes}
-    return tuple(_judge_engine(gates, engine, scores[engine.name], timed, sizes) for engine in engines)
+    unseen = Outcome.DEFERRED if ahead_of_time else Outcome.INCONCLUSIVE
+    return tuple(_judge_engine(gates, engine, scores[engine.name], timed, sizes, unseen) for engine in engines)
+
+
+def worst(outcomes: Iterable[Outcome]) -> Outcome:
+    """One failure fails, one undecided leaves undecided, one deferred defers."""
+    found = set(outcomes)
+    return next((outcome for outcome in _WORST_FIRST if outcome in found), Outcome.PASS)
 
 
 def undecided_gates(
@@ -139,11 +156,16 @@ def _judge_engine(
     scores: Scores,
     latencies: Sequence[Latency],
     sizes: Mapping[str, int],
+    unseen: Outcome,
 ) -> Verdict:
     finite = _finite(scores)
     results = [_result(engine, FINITE, "outputs are finite", finite)]
+    if scores.stand_in is not None:
+        results.append(_result(engine, RAN, "runs on its target", _not_run(scores.stand_in, unseen)))
     for gate in _gates_of(gates, engine, latencies):
-        if gate.metric in SPEED_METRICS:
+        if gate.metric in SPEED_METRICS and scores.stand_in is not None:
+            finding = _Finding(outcome=unseen, reason="not timed: it was not run here")
+        elif gate.metric in SPEED_METRICS:
             finding = _latency(gate, engine.name, latencies)
         elif gate.metric in SIZE_METRICS:
             finding = _size(gate, engine, sizes)
@@ -151,10 +173,18 @@ def _judge_engine(
             finding = _Finding(outcome=Outcome.FAIL, reason=finite.reason)
         else:
             finding = _accuracy(gate, next(score for score in scores.scores if score.metric == gate.metric))
+            if scores.stand_in is not None:
+                finding = replace(finding, reason=f"{finding.reason} (the same ONNX file in {scores.stand_in.backend})")
         results.append(_result(engine, gate.metric, gate.describe(), finding))
-    outcomes = {result.outcome for result in results}
-    outcome = next(o for o in (Outcome.FAIL, Outcome.INCONCLUSIVE, Outcome.PASS) if o in outcomes)
+    outcome = worst(result.outcome for result in results)
     return Verdict(engine=engine.name, engine_sha256=engine.sha256, outcome=outcome, gates=tuple(results))
+
+
+def _not_run(stand_in: StandIn, unseen: Outcome) -> _Finding:
+    return _Finding(
+        outcome=unseen,
+        reason=f"not run here: {stand_in.reason}; its accuracy is that of the same ONNX file in {stand_in.backend}",
+    )
 
 
 def _result(engine: Engine, metric: str, gate: str, finding: _Finding) -> GateResult:

@@ -1,38 +1,224 @@
-"""TensorRT's seat: what it takes is known, building with it is not in this version."""
+"""TensorRT 11, and TensorRT for RTX, which has the same Python API: one back end in two flavours.
+
+`TENSORRT` builds on the GPU that the engine is for, and times kernels there. `RTX` builds without a GPU, ahead of time,
+for RTX cards; kernels are chosen where the engine runs. Heavy imports stand inside functions: choosing a back end must
+answer at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from compiler.errors import BackendUnavailableError
-from compiler.spec import Engine, OnnxModel, Platform, Precision, Runner
+from compiler import source
+from compiler.backends import machine
+from compiler.backends.tensorrt import options
+from compiler.errors import BuildError
+from compiler.recipe import COMPUTE_CAPABILITIES, TensorRTSection
+from compiler.spec import Engine, OnnxModel, Platform, Precision, PrecisionProof, Progress, Runner, no_progress
 
-NAME = "tensorrt"
-PRECISIONS = frozenset({Precision.FP32, Precision.FP16, Precision.BF16, Precision.INT8})
+OLDEST = 11
+_OLDEST_DRIVER = {"cu13": 580, "cu12": 525}
+"""By CUDA release of the wheel, the first driver that runs it:
+https://docs.nvidia.com/cuda/cuda-toolkit-release-notes/index.html, "minimum required driver version"."""
 
-_REASON = 'this version of build-engine does not build TensorRT engines yet; use backend = "onnxruntime", or "auto"'
-
-
-def unavailable() -> str | None:
-    return _REASON
-
-
-def fingerprint() -> Mapping[str, str]:
-    raise _error()
-
-
-def platform() -> Platform:
-    raise _error()
+_INSTALL = "https://docs.nvidia.com/deeplearning/tensorrt/latest/installing-tensorrt/installing.html"
 
 
-def build(model: OnnxModel, *, name: str, reason: str, threads: int, out_dir: Path) -> Engine:  # noqa: ARG001
-    raise _error()
+@dataclass(frozen=True)
+class TensorRT:
+    """A flavour; satisfies `compiler.backends.Backend`."""
+
+    NAME: str
+    module: str
+    """What is imported."""
+    packages: tuple[str, ...]
+    """Distributions that make up the builder."""
+    PRECISIONS: frozenset[Precision] = frozenset(Precision)
+
+    def unavailable(self) -> str | None:
+        if importlib.util.find_spec(self.module) is None:
+            return self._how_to_install()
+        if self.NAME == options.RTX:
+            return None
+        version = importlib.metadata.version("tensorrt")
+        if int(version.split(".")[0]) < OLDEST:
+            return (
+                f"TensorRT {version} is installed; {OLDEST} or later was expected: up to 10 the builder may leave the "
+                f"precision of a layer as it likes, from {OLDEST} on the graph decides. Install tensorrt>={OLDEST}"
+            )
+        return self.cannot_run()
+
+    def cannot_run(self) -> str | None:
+        gpu = machine.gpu()
+        if gpu is None:
+            return "no NVIDIA GPU was found on this machine (nvidia-smi lists none)"
+        release = next(
+            (name for name in _OLDEST_DRIVER if any(name in package for package in self._installed())), "cu13"
+        )
+        if int(gpu.driver.split(".")[0]) < _OLDEST_DRIVER[release]:
+            return (
+                f"the NVIDIA driver is {gpu.driver}; {_OLDEST_DRIVER[release]} or later was expected for CUDA "
+                f"{release.removeprefix('cu')}. Update the driver"
+            )
+        if self.NAME == options.RTX and gpu.compute_capability not in COMPUTE_CAPABILITIES:
+            return (
+                f"{gpu.name} has compute capability {gpu.compute_capability}; TensorRT for RTX takes "
+                f'{", ".join(COMPUTE_CAPABILITIES)}. Use backend = "tensorrt"'
+            )
+        return None
+
+    def refused(self, section: TensorRTSection) -> Iterator[tuple[str, str]]:
+        return options.refused(section, self.NAME, gpu=machine.gpu() is not None)
+
+    def fingerprint(self) -> Mapping[str, str]:
+        gpu = machine.gpu() if self.NAME != options.RTX else None  # kernels of the other flavour are chosen later
+        return {
+            **self._installed(),
+            **source.versions(("polygraphy", "onnx-ir")),
+            **({} if gpu is None else {"gpu": gpu.name, "driver": gpu.driver}),
+        }
+
+    def platform(self) -> Platform:
+        return machine.describe((*self.packages, "polygraphy", "onnx-ir"))
+
+    def build(
+        self,
+        model: OnnxModel,
+        *,
+        name: str,
+        reason: str,
+        threads: int,  # noqa: ARG002 - the GPU's work, not the CPU's
+        out_dir: Path,
+        section: TensorRTSection | None = None,
+        caches: Path | None = None,
+        progress: Progress = no_progress,
+    ) -> Engine:
+        """
+        Raises:
+            BuildError: NVIDIA's parser or builder refuses the model; or, unless ``section.departures`` says to report
+                it, some layer's precision in the engine is not the one that the model asks for.
+        """
+        from compiler import onnx_files
+        from compiler.backends.tensorrt import build as builds
+        from compiler.backends.tensorrt import precision
+        from compiler.backends.tensorrt.timing_cache import TimingCache
+
+        section = section or TensorRTSection()
+        started = time.perf_counter()
+        trt = importlib.import_module(self.module)
+        wanted, stored_bytes = precision.asked(model.path)
+        keeps_timings = self.NAME != options.RTX and caches is not None and section.timing_cache is not False
+        built = builds.build(
+            trt,
+            model,
+            flavour=self.NAME,
+            section=section,
+            timings=TimingCache(caches, self.fingerprint()) if keeps_timings and caches is not None else None,
+            out_dir=out_dir,
+            progress=progress,
+        )
+        proof = precision.prove_network(
+            wanted, built.layers, weight_bytes=built.weight_bytes, expected_weight_bytes=stored_bytes
+        )
+        engine = Engine(
+            name=name,
+            path=built.plan,
+            sha256=onnx_files.sha256_of(built.plan, ()),
+            size_bytes=built.plan.stat().st_size,
+            backend=self.NAME,
+            backend_reason=reason,
+            precision=model.precision,
+            model_sha256=model.sha256,
+            platform=self.platform(),
+            inputs=model.inputs,
+            outputs=model.outputs,
+            axes=model.axes,
+            build_s=time.perf_counter() - started,
+            options=built.options,
+            profiles=builds.profiles_of(model, section),
+            notes=(*model.notes, *builds.warnings_worth_showing(built.warnings)),
+        )
+        if self.cannot_run() is None:
+            proof, engine = self._try(trt, engine, model, wanted)
+        return replace(engine, proof=proof, notes=(*engine.notes, *_judged(proof, model, section)))
+
+    def open(self, engine: Engine, *, threads: int) -> Runner:  # noqa: ARG002
+        """
+        Raises:
+            BuildError: the plan is not the one that was built, or this machine cannot run it.
+        """
+        from compiler.backends.tensorrt import run
+
+        return run.open_plan(engine, importlib.import_module(self.module))
+
+    def _try(self, trt: Any, engine: Engine, model: OnnxModel, wanted: Any) -> tuple[PrecisionProof, Engine]:
+        """Open what was built, run the model's probe through it, and look inside."""
+        import numpy as np
+
+        from compiler.backends.tensorrt import precision, run
+
+        runner = run.open_plan(engine, trt)
+        try:
+            if model.probe is not None:
+                with np.load(model.probe) as probe:
+                    runner.run({name: probe[name] for name in probe.files})
+            inspected = json.loads(runner.inspect())
+        finally:
+            runner.close()
+        return precision.prove_engine(wanted, inspected), engine
+
+    def _installed(self) -> dict[str, str]:
+        return dict(source.versions(self.packages))
+
+    def _how_to_install(self) -> str:
+        if self.NAME == options.RTX:
+            return (
+                "the Python package 'tensorrt_rtx' is not installed. On Linux x86-64 'python scripts/rtx_builder.py' "
+                "installs a builder that needs no GPU; for an RTX card, install TensorRT for RTX from NVIDIA"
+            )
+        return f"the Python package 'tensorrt' is not installed; it comes from NVIDIA: {_INSTALL}"
 
 
-def open(engine: Engine, *, threads: int) -> Runner:  # noqa: ARG001
-    raise _error()
+def _judged(proof: PrecisionProof, model: OnnxModel, section: TensorRTSection) -> list[str]:
+    """Notes on the proof.
+
+    Raises:
+        BuildError: layers depart from what was asked, and ``section`` does not allow it.
+    """
+    from compiler.backends.tensorrt import precision
+
+    said = precision.summary(proof, model.precision)
+    if not precision.covers(proof, model.precision):
+        raise BuildError(
+            f"{model.path.name}: {said}: none of them is; at least one was expected. Keep fewer layers "
+            "(engines.keep), or build another precision."
+        )
+    if not proof.departures:
+        return [f"precision: {said}"]
+    listed = [
+        f"  {item.layer} ({item.op}): asked {item.asked}, got {item.found}; {item.cause}" for item in proof.departures
+    ]
+    if section.departures == "refuse":
+        raise BuildError(
+            f"{model.path.name}: {said}; every layer in the precision that the model asks for was expected. Keep these "
+            'layers out (engines.keep), or accept them with [tensorrt] departures = "report".\n' + "\n".join(listed)
+        )
+    return [f"PRECISION DEPARTS: {said}", *(line.strip() for line in listed)]
 
 
-def _error() -> BackendUnavailableError:
-    return BackendUnavailableError(f"backend '{NAME}': {_REASON}.")
+TENSORRT = TensorRT(
+    "tensorrt",
+    "tensorrt",
+    ("tensorrt", "tensorrt-cu13", "tensorrt-cu13-bindings", "tensorrt-cu12", "tensorrt-cu12-bindings"),
+)
+RTX = TensorRT(
+    options.RTX, "tensorrt_rtx", ("tensorrt-rtx", "onnxruntime-ep-nv-tensorrt-rtx-cu13", "tensorrt-cu13-bindings")
+)

@@ -1,0 +1,355 @@
+"""An ONNX file through NVIDIA's parser and builder to a plan. Runs in a step's child process: the builder may crash.
+
+Profiles, configuration and the build go through Polygraphy. The file is parsed with the API itself, since Polygraphy's
+loader ends with the first error and drops the name of the node; so is what Polygraphy does not know: TF32 is cleared
+(the builder's own default is on, for every FP32 layer), targets are set, timings are kept by `timing_cache`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compiler.backends.tensorrt.log import BUILDER_LOG, BuildLog, shorten
+from compiler.backends.tensorrt.options import RTX
+from compiler.backends.tensorrt.precision import NetworkLayer, NetworkTensor
+from compiler.backends.tensorrt.timing_cache import TimingCache
+from compiler.errors import BuildError
+from compiler.recipe import TensorRTSection
+from compiler.spec import DimRange, OnnxModel, Progress
+
+if TYPE_CHECKING:
+    import tensorrt
+
+PLAN = "engine.plan"
+
+_OPSET_ADVICE = {
+    "Attention": "split the cache out of it (Concat before the node, one output), or export with opset 20",
+    "DynamicQuantizeLinear": 'quantise statically, with precision = "int8"',
+    "MatMulInteger": 'quantise with Q/DQ nodes, with precision = "int8"',
+    "QLinearMatMul": 'quantise with Q/DQ nodes, with precision = "int8"',
+    "QLinearConv": 'quantise with Q/DQ nodes, with precision = "int8"',
+}
+"""What to do about an operator that models often hold and NVIDIA's parser refuses."""
+
+_CAUSES = (
+    (
+        re.compile(r"Cannot compile for target\(s\) ([\w, ]+), because .*?: ([\w, ]+)"),
+        "the targets {0} have no instructions for {1}; remove them from [tensorrt] compute_capabilities",
+    ),
+    (
+        re.compile(r"no tactics to implement the operation within workspace limit"),
+        "no kernel fits into the workspace; raise [tensorrt] workspace_mib",
+    ),
+    (
+        re.compile(r"CHECK\(status == CUDA_SUCCESS\)"),
+        "the builder needs a GPU and its driver for this, and finds none here; build on a machine that has them",
+    ),
+)
+"""What the builder says -> what it means and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """What one build left."""
+
+    plan: Path
+    layers: tuple[NetworkLayer, ...]
+    weight_bytes: int | None
+    options: Mapping[str, str]
+    """What was asked of the builder, as read back from its configuration."""
+    warnings: tuple[str, ...]
+
+
+def build(
+    trt: Any,
+    model: OnnxModel,
+    *,
+    flavour: str,
+    section: TensorRTSection,
+    timings: TimingCache | None,
+    out_dir: Path,
+    progress: Progress,
+) -> Built:
+    """Parse ``model``, build it, and write the plan to ``out_dir``.
+
+    Args:
+        trt: the module, ``tensorrt`` or ``tensorrt_rtx``.
+        model: what to build; its axes are the one profile where ``section`` has none.
+        flavour: the back end's name.
+        section: every key is one that this flavour takes; see `options.refused`.
+        timings: None: none are kept.
+        out_dir: where the plan and the builder's log go.
+        progress: told about percents.
+
+    Raises:
+        BuildError: nodes that the parser does not take (all of them are named), or the builder fails.
+    """
+    log = BuildLog(trt, out_dir / BUILDER_LOG)
+    try:
+        builder = trt.Builder(log.logger)
+        network = builder.create_network(0)
+        parser = trt.OnnxParser(network, log.logger)
+        if not parser.parse_from_file(str(model.path)):
+            raise BuildError(_refusal(trt, parser, model, log))
+        decomposed = _decompose_attention(trt, network)
+        layers = _layers(network)
+        config = _configure(trt, builder, network, model, flavour, section, progress)
+        cache = timings.attach(config) if timings is not None else None
+        options = _seen(trt, config, flavour, section) | decomposed
+        started = time.perf_counter()
+        serialised = builder.build_serialized_network(network, config)
+        if serialised is None:
+            raise BuildError(_failure(model, log))
+        options["build_s"] = f"{time.perf_counter() - started:.2f}"
+        if timings is not None and cache is not None:
+            options["timing_cache_sha256"] = timings.merge(config, cache)
+        plan = out_dir / PLAN
+        with memoryview(serialised) as data, plan.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        return Built(
+            plan=plan,
+            layers=layers,
+            weight_bytes=log.weight_bytes,
+            options=options,
+            warnings=tuple(dict.fromkeys(log.warnings)),
+        )
+    finally:
+        log.close()
+
+
+def profiles_of(model: OnnxModel, section: TensorRTSection) -> tuple[Mapping[str, DimRange], ...]:
+    """The optimisation profiles of an engine: those of the recipe, or one of the model's own axes; none if it has none."""
+    if not model.axes:
+        return ()
+    return tuple(section.profiles) or (dict(model.axes),)
+
+
+# --- parsing --------------------------------------------------------------------------------------------------------
+
+
+def _refusal(trt: Any, parser: tensorrt.OnnxParser, model: OnnxModel, log: BuildLog) -> str:
+    lines, advice = [], []
+    for index in range(parser.num_errors):
+        error: Any = parser.get_error(index)
+        name, op = error.node_name(), error.node_operator()
+        if not op:
+            continue
+        lines.append(f"  node '{name}' ({op}): {_why(trt, error)}")
+        if op in _OPSET_ADVICE and _OPSET_ADVICE[op] not in advice:
+            advice.append(_OPSET_ADVICE[op])
+    if not lines:
+        return (
+            f"{model.path.name}: NVIDIA's parser refuses the file; an ONNX model that it takes was expected. Its own words: "
+            f"{log.said()}. All it said is in the log."
+        )
+    count = "1 node" if len(lines) == 1 else f"{len(lines)} nodes"
+    todo = "; ".join(advice) or "express the model without them"
+    return (
+        f"{model.path.name}: NVIDIA's parser does not take {count}; operators that TensorRT has were expected. "
+        f'{todo[0].upper()}{todo[1:]}, or build this engine with backend = "onnxruntime".\n' + "\n".join(lines)
+    )
+
+
+def _why(trt: Any, error: Any) -> str:
+    words = {
+        trt.ErrorCode.UNSUPPORTED_NODE: "TensorRT does not have it",
+        trt.ErrorCode.UNSUPPORTED_NODE_ATTR: "not with this attribute",
+        trt.ErrorCode.UNSUPPORTED_NODE_INPUT: "not with this input",
+        trt.ErrorCode.UNSUPPORTED_NODE_DATATYPE: "not with this type",
+        trt.ErrorCode.UNSUPPORTED_NODE_DYNAMIC: "not with a dynamic shape",
+        trt.ErrorCode.UNSUPPORTED_NODE_SHAPE: "not with this shape",
+        trt.ErrorCode.INVALID_NODE: "TensorRT has no such operator, and no plugin of that name is there",
+    }.get(error.code(), "refused")
+    said = re.sub(r"^\s*(false|creator) && |^\s*false\s*$", "", error.desc()).strip().strip('"')
+    return f"{words}: {said}" if said and "Plugin not found" not in said else words
+
+
+def _decompose_attention(trt: Any, network: tensorrt.INetworkDefinition) -> dict[str, str]:
+    """Let attention without a kernel of its own be built from its parts: in FP32 there is none, and the build would fail."""
+    count = 0
+    for index in range(network.num_layers):
+        layer: Any = network.get_layer(index)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer
+            layer.attention.decomposable = True
+            count += 1
+    return {"attention": f"{count} may be decomposed"} if count else {}
+
+
+def _layers(network: tensorrt.INetworkDefinition) -> tuple[NetworkLayer, ...]:
+    return tuple(_layer(network.get_layer(index)) for index in range(network.num_layers))
+
+
+def _layer(layer: tensorrt.ILayer) -> NetworkLayer:
+    inputs = [layer.get_input(index) for index in range(layer.num_inputs)]
+    outputs = [layer.get_output(index) for index in range(layer.num_outputs)]
+    return NetworkLayer(
+        name=layer.name,
+        kind=layer.type.name,
+        metadata=layer.metadata,
+        inputs=tuple(
+            NetworkTensor(name=tensor.name, dtype=tensor.dtype.name) for tensor in inputs if tensor is not None
+        ),
+        outputs=tuple(NetworkTensor(name=tensor.name, dtype=tensor.dtype.name) for tensor in outputs),
+    )
+
+
+# --- configuring ----------------------------------------------------------------------------------------------------
+
+
+def _configure(
+    trt: Any,
+    builder: tensorrt.Builder,
+    network: tensorrt.INetworkDefinition,
+    model: OnnxModel,
+    flavour: str,
+    section: TensorRTSection,
+    progress: Progress,
+) -> tensorrt.IBuilderConfig:
+    if flavour == RTX:  # which of the two it drives, Polygraphy is told by its environment, at its first import
+        os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
+    from polygraphy.backend.trt import Profile, create_config
+    from polygraphy.logger import G_LOGGER
+
+    G_LOGGER.module_severity = G_LOGGER.WARNING
+    profiles = []
+    for ranges in profiles_of(model, section) or ({},):
+        profile = Profile()
+        for spec in model.inputs:
+            shapes = [
+                tuple(dim if isinstance(dim, int) else getattr(ranges[dim], end) for dim in spec.shape)
+                for end in ("min", "opt", "max")
+            ]
+            profile.add(spec.name, *shapes)
+        profiles.append(profile)
+    levels, tiling = trt.HardwareCompatibilityLevel, trt.TilingOptimizationLevel
+    options: dict[str, Any] = {
+        "profiles": profiles,
+        "memory_pool_limits": (
+            {trt.MemoryPoolType.WORKSPACE: section.workspace_mib << 20} if section.workspace_mib is not None else None
+        ),
+        "sparse_weights": section.sparse_weights,
+        "refittable": section.refit,
+        "strip_plan": section.strip,
+        "version_compatible": section.version_compatible,
+        "weight_streaming": section.weight_streaming_mib is not None,
+        "builder_optimization_level": section.optimization_level,
+        "max_aux_streams": section.aux_streams,
+        "profiling_verbosity": getattr(trt.ProfilingVerbosity, (section.verbosity or "detailed").upper()),
+        "progress_monitor": _monitor(trt, progress),
+    }
+    if section.hardware_compatibility != "none":
+        options["hardware_compatibility_level"] = getattr(levels, section.hardware_compatibility.upper())
+    if section.tiling != "none":
+        options["tiling_optimization_level"] = getattr(tiling, section.tiling.upper())
+    config: tensorrt.IBuilderConfig = create_config(builder, network, **options)
+    if section.tf32:
+        config.set_flag(trt.BuilderFlag.TF32)
+    else:
+        config.clear_flag(trt.BuilderFlag.TF32)
+    if section.compute_capabilities:
+        trt.set_compute_capabilities(
+            config, [int(capability.replace(".", "")) for capability in section.compute_capabilities]
+        )
+    return config
+
+
+def _seen(trt: Any, config: tensorrt.IBuilderConfig, flavour: str, section: TensorRTSection) -> dict[str, str]:
+    """Options as the builder's configuration gives them back."""
+    flags = trt.BuilderFlag
+    seen = {
+        "tf32": "on" if config.get_flag(flags.TF32) else "off",
+        "verbosity": config.profiling_verbosity.name.lower(),
+    }
+    for key, flag in (
+        ("sparse_weights", flags.SPARSE_WEIGHTS),
+        ("refit", flags.REFIT),
+        ("strip", flags.STRIP_PLAN),
+        ("version_compatible", flags.VERSION_COMPATIBLE),
+        ("weight_streaming", flags.WEIGHT_STREAMING),
+    ):
+        if config.get_flag(flag):
+            seen[key] = "on"
+    if section.workspace_mib is not None:
+        seen["workspace_mib"] = str(config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) >> 20)
+    if section.weight_streaming_mib is not None:
+        seen["weight_streaming_mib"] = str(section.weight_streaming_mib)
+    if section.compute_capabilities:
+        seen["compute_capabilities"] = ", ".join(f"{n // 10}.{n % 10}" for n in trt.compute_capabilities(config))
+    if flavour != RTX:
+        seen["optimization_level"] = str(config.builder_optimization_level)
+        seen["hardware_compatibility"] = config.hardware_compatibility_level.name.lower()
+        seen["tiling"] = config.tiling_optimization_level.name.lower()
+        if section.aux_streams is not None:
+            seen["aux_streams"] = str(config.max_aux_streams)
+    seen["profiles"] = str(config.num_optimization_profiles)
+    return seen
+
+
+def _monitor(trt: Any, progress: Progress) -> Any:
+    """An ``IProgressMonitor`` that reports percents: phases nest, and each is a part of a step of the one around it."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._phases: dict[str, list[int]] = {}
+            self._shown = -1
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:  # noqa: ARG002
+            self._phases[phase_name] = [0, max(1, num_steps)]
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            self._phases[phase_name][0] = step + 1
+            self._show()
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._phases.pop(phase_name, None)
+            self._show()
+
+        def _show(self) -> None:
+            share = 0.0
+            for done, total in reversed(self._phases.values()):
+                share = min(1.0, (done + share) / total)
+            percent = max(self._shown, int(100 * share))
+            if percent != self._shown:
+                self._shown = percent
+                progress(percent, 100)
+
+    return Monitor()
+
+
+# --- failing --------------------------------------------------------------------------------------------------------
+
+
+def _failure(model: OnnxModel, log: BuildLog) -> str:
+    """The builder gave up: what it said, in words where they are known."""
+    said = log.said()
+    for pattern, meaning in _CAUSES:
+        if found := pattern.search(" ".join(log.errors)):
+            what, _, todo = meaning.format(*found.groups()).partition("; ")
+            return (
+                f"{model.path.name}: NVIDIA's builder failed: {what}; an engine was expected. {todo[0].upper()}{todo[1:]}. "
+                f"Its own words: {said}. All it said is in the log."
+            )
+    return (
+        f"{model.path.name}: NVIDIA's builder failed; an engine was expected. Keep the layer that it names in another "
+        f'precision (engines.keep), or build this engine with backend = "onnxruntime". Its own words: {said}'
+    )
+
+
+_IDLE = re.compile(r"has Int64 binding|64-bit weights|UNSUPPORTED")
+"""Warnings that call for nothing."""
+
+
+def warnings_worth_showing(warnings: Sequence[str]) -> list[str]:
+    """Warnings of the builder that a reader of the report can act on."""
+    return [f"the builder warns: {shorten([warning])}" for warning in warnings if not _IDLE.search(warning)][:5]
