@@ -489,6 +489,8 @@ def _printable(path: Path) -> str:
 def choose(folder: Path, manifest: Manifest, name: str | None, *, allow_failed: bool) -> Engine:
     """The engine to run: the one named, else, of those that passed, the one with the lowest median at the smallest batch.
 
+    Where none passed, one that was built ahead of time, in the recipe's order: the recipe leaves its proof to the target.
+
     Raises:
         ArtifactError: there is no such engine.
         GateFailedError: it, or every engine, missed a gate.
@@ -505,8 +507,10 @@ def choose(folder: Path, manifest: Manifest, name: str | None, *, allow_failed: 
                 "Load another, or pass allow_failed=True."
             )
         return manifest.engine(name)
-    passed = [engine for engine in manifest.engines if manifest.verdict(engine.name).outcome is Outcome.PASS]
-    candidates = passed or (list(manifest.engines) if allow_failed else [])
+    by_outcome = {verdict.engine: verdict.outcome for verdict in manifest.verdicts}
+    passed = [engine for engine in manifest.engines if by_outcome[engine.name] is Outcome.PASS]
+    deferred = [engine for engine in manifest.engines if by_outcome[engine.name] is Outcome.DEFERRED]
+    candidates = passed or deferred or (list(manifest.engines) if allow_failed else [])
     if not candidates:
         outcomes = ", ".join(f"'{verdict.engine}' {verdict.outcome.value}" for verdict in manifest.verdicts)
         raise GateFailedError(
@@ -533,13 +537,37 @@ def check_platform(engine: Engine, here: Platform) -> None:
             f"{engine.path}: engine '{engine.name}' is for {built.os} {built.arch}; this machine is {here.os} {here.arch}. "
             "Build it on a machine like this one."
         )
+    if (gpu := built.gpu) is not None and engine.backend == "tensorrt" and gpu != here.gpu:
+        level = engine.options.get("hardware_compatibility", "none")
+        same = built.compute_capability == here.compute_capability
+        if here.gpu is None or level == "none" or (level == "same_compute_capability" and not same):
+            raise ArtifactError(
+                f"{engine.path}: engine '{engine.name}' was built on {gpu} (compute capability {built.compute_capability}); "
+                f"this machine has {here.gpu or 'no GPU'}. Build it on a machine like this one, or with [tensorrt] "
+                "hardware_compatibility."
+            )
     judged_on = _newest(built.packages, engine.backend)
     installed = _newest(here.packages, engine.backend)
+    if (
+        engine.backend == "tensorrt"
+        and judged_on
+        and installed
+        and _tied(engine, judged_on[1]) != _tied(engine, installed[1])
+    ):
+        raise ArtifactError(
+            f"{engine.path}: engine '{engine.name}' was built by {' '.join(judged_on)}, and a plan runs in that version alone; "
+            f"found {' '.join(installed)}. Install {judged_on[1]}, or build it with [tensorrt] version_compatible = true."
+        )
     if judged_on and installed and _numbers(installed[1]) < _numbers(judged_on[1]):
         raise ArtifactError(
             f"{engine.path}: engine '{engine.name}' was judged on {' '.join(judged_on)}; found {' '.join(installed)}. "
             f"Install {installed[0]} {judged_on[1]} or later."
         )
+
+
+def _tied(engine: Engine, version: str) -> tuple[int, ...]:
+    """The part of TensorRT's version that a plan is tied to: the release, or the major version where it was asked for."""
+    return _numbers(version)[: 1 if engine.options.get("version_compatible") == "on" else 3]
 
 
 def _system(os_name: str) -> str:

@@ -90,6 +90,9 @@ def assemble(
                 "size_bytes": engine.size_bytes,
                 "build_s": engine.build_s,
                 "options": dict(engine.options),
+                "profiles": [_plain(profile) for profile in engine.profiles],
+                "proof": None if engine.proof is None else _plain(engine.proof),
+                "stand_in": _plain(scores[engine.name].stand_in),
                 "notes": list(engine.notes),
                 "outcome": by_engine[engine.name].outcome.value,
                 "gates": [_plain(gate) for gate in by_engine[engine.name].gates],
@@ -264,7 +267,19 @@ def _engine_lines(engine: Mapping[str, Any]) -> list[str]:
     reason = f"{engine['backend']} ({_escape(engine['backend_reason'])})"
     options = ", ".join(f"{name} = {value}" for name, value in engine["options"].items())
     lead = f"- {_escape(engine['name'])}: {reason}, SHA-256 `{engine['sha256']}`; {_escape(options)}"
-    return [lead, *(f"  - {_escape(note)}" for note in engine["notes"])]
+    notes = [*engine["notes"]]
+    if stand_in := engine["stand_in"]:
+        notes.insert(
+            0,
+            f"NOT RUN HERE: {stand_in['reason']}. Its scores are those of the same ONNX file, SHA-256 "
+            f"{stand_in['model_sha256']}, run in {stand_in['backend']}.",
+        )
+    if proof := engine["proof"]:
+        read = f"precision read from: {proof['method']}"
+        if proof["weight_bytes"] is not None:
+            read += f"; weights take {proof['weight_bytes']:,} bytes, {proof['expected_weight_bytes']:,} in the model"
+        notes.append(read)
+    return [lead, *(f"  - {_escape(note)}" for note in notes)]
 
 
 def _escape(text: str) -> str:

@@ -17,6 +17,7 @@ from compiler.backends import machine
 from compiler.backends import onnxruntime as backend
 from compiler.errors import BuildError
 from compiler.spec import Precision
+from tests.backends.machines import pretend_gpu
 from tests.quantize import networks
 from tests.quantize.networks import Net, f32
 
@@ -139,15 +140,6 @@ def test_a_large_model_keeps_its_weights_beside_it(tmp_path: Path, monkeypatch: 
 
 
 # --- this machine ---------------------------------------------------------------------------------------------------
-
-
-def pretend_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, script: str) -> None:
-    tool = tmp_path / "bin" / "nvidia-smi"
-    tool.parent.mkdir()
-    tool.write_text(f"#!/bin/sh\n{script}\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tool.parent}:/usr/bin:/bin")
-    machine.gpu.cache_clear()
 
 
 SAYS = "echo 'NVIDIA L4, 8.9, 595.10'"
