@@ -98,9 +98,8 @@ def asked(model: Path) -> tuple[tuple[Asked, ...], int]:
         for node in graph
         if node.op_type in MULTIPLYING and node.domain == ""
     ]
-    stored = sum(
-        _bytes(value.const_value) for graph in graphs for value in graph.initializers.values() if value.const_value
-    )
+    weights = [value.const_value for graph in graphs for value in graph.initializers.values()]
+    stored = sum(_bytes(weight) for weight in weights if weight is not None)
     return tuple(found), stored
 
 

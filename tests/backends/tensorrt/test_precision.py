@@ -1,0 +1,245 @@
+"""What an engine computes in, against what its model asks for; every way to depart is planted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import onnx
+import pytest
+
+from compiler.backends.onnxruntime import open_model
+from compiler.backends.tensorrt import precision
+from compiler.backends.tensorrt.precision import Asked, NetworkLayer, NetworkTensor
+from compiler.quantize import observe, quantize
+from compiler.recipe import EngineSection, QuantizeSection
+from compiler.spec import Departure, OnnxModel, Precision, PrecisionProof
+from tests.quantize import networks
+
+STORED = 40_000
+
+
+def tensor(name: str, dtype: str) -> NetworkTensor:
+    return NetworkTensor(name=name, dtype=dtype)
+
+
+def layer(kind: str, node: str, inputs: list[NetworkTensor], output: NetworkTensor) -> NetworkLayer:
+    return NetworkLayer(name=node, kind=kind, metadata=f"[ONNX Layer: {node}]", inputs=tuple(inputs), outputs=(output,))
+
+
+def int8_convolution(node: str = "conv") -> list[NetworkLayer]:
+    """A convolution between Q/DQ nodes, as NVIDIA's parser makes it."""
+    activation, weight = tensor(f"{node}_x", "FLOAT"), tensor(f"{node}_w", "FLOAT")
+    scale = tensor("scale", "FLOAT")
+    return [
+        layer("DEQUANTIZE", f"{node}_dx", [tensor(f"{node}_x8", "INT8"), scale], activation),
+        layer("DEQUANTIZE", f"{node}_dw", [tensor(f"{node}_w8", "INT8"), scale], weight),
+        layer("CONVOLUTION", node, [activation, weight], tensor(f"{node}_y", "FLOAT")),
+    ]
+
+
+INT8 = (Asked(node="conv", op="Conv", precision="int8"),)
+
+
+def prove(wanted: tuple[Asked, ...], layers: list[NetworkLayer], weight_bytes: int | None = STORED) -> PrecisionProof:
+    return precision.prove_network(wanted, layers, weight_bytes=weight_bytes, expected_weight_bytes=STORED)
+
+
+# --- the request ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[Precision, OnnxModel]:
+    folder = tmp_path_factory.mktemp("models")
+    samples = networks.normal_samples(16, 3, 16, 16)
+    model = networks.save(networks.residual(), folder / "model.onnx")
+    data = networks.calibration(folder / "data", samples)
+    made = {Precision.FP32: model}
+    for name in ("observed", "fp16", "int8"):
+        (folder / name).mkdir()
+    statistics = observe(
+        model, data, samples=16, min_samples=1, open_model=open_model, threads=1, out_dir=folder / "observed"
+    )
+    for kind in (Precision.FP16, Precision.INT8):
+        made[kind] = quantize(
+            EngineSection(precision=kind),
+            QuantizeSection(),
+            model,
+            statistics,
+            data,
+            open_model=open_model,
+            threads=1,
+            out_dir=folder / kind,
+        )
+    return made
+
+
+@pytest.mark.parametrize("kind", [Precision.FP32, Precision.FP16, Precision.INT8])
+def test_a_model_asks_for_its_precision_in_every_layer_that_multiplies(
+    models: Mapping[Precision, OnnxModel], kind: Precision
+) -> None:
+    wanted, stored = precision.asked(models[kind].path)
+    assert {(item.op, item.precision) for item in wanted} == {("Conv", kind.value), ("Gemm", kind.value)}
+    assert len(wanted) == 6
+    weights = onnx.load(models[kind].path).graph.initializer
+    assert stored == sum(onnx.numpy_helper.to_array(weight).nbytes for weight in weights)
+
+
+# --- the network ----------------------------------------------------------------------------------------------------
+
+
+def test_a_network_as_asked() -> None:
+    proof = prove(INT8, int8_convolution())
+    assert (proof.layers, proof.as_asked, proof.departures) == (1, 1, ())
+    assert proof.by_precision == {"int8": 1}
+    assert precision.covers(proof, Precision.INT8)
+
+
+def test_operands_are_traced_through_layers_that_only_move() -> None:
+    layers = int8_convolution()
+    moved = layer("SHUFFLE", "t", [layers[1].outputs[0]], tensor("moved", "FLOAT"))
+    product = layer("MATRIX_MULTIPLY", "conv", [layers[0].outputs[0], tensor("moved", "FLOAT")], tensor("y", "FLOAT"))
+    assert prove(INT8, [*layers[:2], moved, product]).by_precision == {"int8": 1}
+
+
+def test_a_layer_that_lost_its_quantisation_departs() -> None:
+    layers = int8_convolution()
+    plain = replace(layers[2], inputs=(tensor("x", "FLOAT"), tensor("w", "FLOAT")))
+    proof = prove(INT8, [*layers[:2], plain])
+    assert proof.as_asked == 0
+    assert proof.departures == (
+        Departure(
+            layer="conv",
+            op="Conv",
+            asked="int8",
+            found="fp32",
+            cause="the parser gave the layer other types than the file",
+        ),
+    )
+    assert not precision.covers(proof, Precision.INT8)
+
+
+def test_a_layer_that_lost_the_quantisation_of_its_activation_departs() -> None:
+    layers = int8_convolution()
+    half = replace(layers[2], inputs=(tensor("x", "FLOAT"), layers[1].outputs[0]))
+    (departure,) = prove(INT8, [*layers[:2], half]).departures
+    assert departure.found == "fp32 x int8"
+
+
+def test_a_layer_that_is_not_there_departs() -> None:
+    (departure,) = prove(INT8, int8_convolution("other")).departures
+    assert (departure.layer, departure.found) == ("conv", "nothing")
+
+
+@pytest.mark.parametrize(("weight_bytes", "departs"), [(STORED, False), (None, False), (4 * STORED, True)])
+def test_weights_that_were_widened_depart(weight_bytes: int | None, departs: bool) -> None:
+    stored = 10_000_000
+    proof = precision.prove_network(
+        INT8,
+        int8_convolution(),
+        weight_bytes=weight_bytes and weight_bytes * stored // STORED,
+        expected_weight_bytes=stored,
+    )
+    assert [item.layer for item in proof.departures] == ["(weights)"] * departs
+    assert proof.as_asked == 1
+
+
+def test_half_and_float_are_told_apart() -> None:
+    wanted = (Asked(node="a", op="MatMul", precision="fp16"), Asked(node="b", op="MatMul", precision="fp16"))
+    half, wide = tensor("h", "HALF"), tensor("f", "FLOAT")
+    layers = [
+        layer("MATRIX_MULTIPLY", "a", [half, half], tensor("x", "HALF")),
+        layer("MATRIX_MULTIPLY", "b", [wide, wide], tensor("y", "FLOAT")),
+    ]
+    proof = prove(wanted, layers)
+    assert (proof.as_asked, proof.by_precision) == (1, {"fp16": 1, "fp32": 1})
+    assert [item.layer for item in proof.departures] == ["b"]
+
+
+def test_a_model_that_multiplies_nothing_has_nothing_to_prove() -> None:
+    assert precision.covers(prove((), []), Precision.INT8)
+
+
+def test_weight_only_layers_cover_their_precision() -> None:
+    proof = prove((Asked(node="m", op="MatMul", precision="fp16 x int4"),), [])
+    assert not precision.covers(proof, Precision.INT4)
+    half, weight = tensor("h", "HALF"), tensor("w", "HALF")
+    layers = [
+        layer("DEQUANTIZE", "d", [tensor("w4", "INT4"), tensor("s", "HALF")], weight),
+        layer("MATRIX_MULTIPLY", "m", [half, weight], tensor("y", "HALF")),
+    ]
+    proof = prove((Asked(node="m", op="MatMul", precision="fp16 x int4"),), layers)
+    assert proof.departures == ()
+    assert precision.covers(proof, Precision.INT4)
+
+
+# --- the engine -----------------------------------------------------------------------------------------------------
+
+
+def io(name: str, datatype: str) -> dict[str, Any]:
+    return {"Name": name, "Dimensions": [1, 8, 8, 8], "Format": "Linear", "Datatype": datatype}
+
+
+def engine_layer(kind: str, node: str, inputs: list[str], output: str, weights: str | None = None) -> dict[str, Any]:
+    """A layer of the inspector's JSON in TensorRT 11's schema; ``inputs`` are ``name:type``."""
+    found: dict[str, Any] = {
+        "Name": f"{node}_engine",
+        "LayerType": kind,
+        "Inputs": [io(*item.split(":")) for item in inputs],
+        "Outputs": [io(*output.split(":"))],
+        "TacticName": "a_kernel",
+        "Metadata": f"[ONNX Layer: {node}]",
+    }
+    if weights is not None:
+        found["Weights"] = {"Type": weights, "Count": 64}
+    return found
+
+
+def test_an_engine_as_asked() -> None:
+    proof = precision.prove_engine(
+        INT8, {"Layers": [engine_layer("CaskConvolution", "conv", ["x:Int8"], "y:Int8", "Int8")], "I/O Tensors": []}
+    )
+    assert (proof.as_asked, proof.departures, proof.by_precision) == (1, (), {"int8": 1})
+
+
+@pytest.mark.parametrize(
+    ("maker", "cause"),
+    [
+        ("Dequantize", "the Q/DQ pair before it did not fuse: a dequantisation of its own feeds it"),
+        ("Quantize", "the Q/DQ pair before it did not fuse: a quantisation of its own feeds it"),
+        ("Reformat", "a reformat before it changes the type"),
+        ("Pooling", "the builder chose a kernel of another type"),
+    ],
+)
+def test_an_engine_that_departs_names_the_likely_cause(maker: str, cause: str) -> None:
+    layers = [
+        engine_layer(maker, "before", ["a:Int8"], "x:Float"),
+        engine_layer("CaskConvolution", "conv", ["x:Float"], "y:Float", "Float"),
+    ]
+    proof = precision.prove_engine(INT8, {"Layers": layers})
+    assert proof.departures == (Departure(layer="conv", op="Conv", asked="int8", found="fp32", cause=cause),)
+    assert proof.as_asked == 0
+
+
+def test_a_product_of_two_activations_is_read_from_both_inputs() -> None:
+    wanted = (Asked(node="m", op="MatMul", precision="int8"),)
+    (departure,) = precision.prove_engine(
+        wanted, {"Layers": [engine_layer("gemm", "m", ["a:Int8", "b:Half"], "y:Half")]}
+    ).departures
+    assert departure.found == "fp16 x int8"
+
+
+def test_what_the_inspector_does_not_show_is_not_called_proved() -> None:
+    wanted = (*INT8, Asked(node="head", op="Gemm", precision="fp32"))
+    fused = engine_layer("Myelin", "conv", ["x:Float"], "y:Float")
+    fused["Metadata"] = "[ONNX Layer: conv]\x1e[ONNX Layer: head]"
+    proof = precision.prove_engine(wanted, {"Layers": [fused]})
+    assert (proof.as_asked, proof.by_precision, proof.departures) == (0, {"not visible": 2}, ())
+    assert not precision.covers(proof, Precision.INT8)
+
+
+def test_names_alone_prove_nothing() -> None:
+    """Built with too little verbosity, the inspector lists strings."""
+    proof = precision.prove_engine(INT8, {"Layers": ["conv + relu"]})
+    assert (proof.as_asked, proof.by_precision) == (0, {"not visible": 1})
