@@ -1,4 +1,4 @@
-"""Calibration and precision: what a tensor's values are, and what FP16, BF16 and INT8 make of them."""
+"""Calibration and precision: what a tensor's values are, and what FP16, BF16, INT8, FP8 and INT4 make of them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from compiler import onnx_files
 from compiler.errors import CalibrationError
-from compiler.quantize import fidelity, half, placement, qdq, smooth
-from compiler.quantize.observe import Observed, TensorStatistics, chosen, load, observe
-from compiler.quantize.thresholds import holds_mask
-from compiler.recipe import EngineSection, QuantizeSection
+from compiler.quantize import fidelity, fp8, half, int8, weights
+from compiler.quantize.observe import Observed, chosen, load, observe
+from compiler.quantize.qdq import Quantised
+from compiler.recipe import QUANTIZED, EngineSection, QuantizeSection
 from compiler.spec import (
     CalibrationSet,
     OnnxModel,
@@ -41,7 +41,7 @@ def quantize(
     out_dir: Path,
     progress: Progress = no_progress,
 ) -> OnnxModel:
-    """``model`` in the precision of ``engine``; for INT8 it is compared with the original before it is handed on.
+    """``model`` in the precision of ``engine``; a quantised one is compared with the original before it is handed on.
 
     Raises:
         CalibrationError: the statistics are another model's; there is nothing to round; a weight is not finite; or the
@@ -58,8 +58,9 @@ def quantize(
     path = out_dir / "model.onnx"
     seen_as: Mapping[str, str] = {}
     least_db = -math.inf
-    if engine.precision is Precision.INT8:
-        notes, seen_as, observed = _to_int8(network, engine, section, observed)
+    if engine.precision in QUANTIZED:
+        quantised = _round(network, engine, section, observed)
+        notes, seen_as, observed = list(quantised.notes), quantised.seen_as, quantised.observed
         least_db = section.min_sqnr_db
     else:
         notes = half.convert(network, to=engine.precision, statistics=observed, keep=engine.keep)
@@ -80,7 +81,7 @@ def quantize(
                 progress=progress,
             )
         )
-    if engine.precision is Precision.INT8 and engine.rest != "fp32":
+    if engine.precision in QUANTIZED and engine.rest != "fp32":
         # After the check: what it would find then is the rest's rounding too, and BF16 does not run here.
         notes += half.convert(network, to=Precision(engine.rest), statistics=observed, keep=())
         for file in external:
@@ -95,47 +96,11 @@ def quantize(
     )
 
 
-def _to_int8(
-    network: ir.Model, engine: EngineSection, section: QuantizeSection, observed: Observed
-) -> tuple[list[str], Mapping[str, str], Observed]:
-    """Round ``network`` in place.
-
-    Returns:
-        Notes; by rounded activation the tensor in which it is read; and ``observed`` with the tensors that were added.
-    """
-    graph, rest = network.graph, engine.rest.upper()
-    LiftConstantsToInitializersPass(lift_all_constants=True)(network)
-    keep = placement.match(graph, (*section.keep, *engine.keep))
-    masked = frozenset(name for name, found in observed.items() if found.bins is not None and holds_mask(found))
-    everything = placement.place(graph)
-    placed = placement.place(graph, keep=keep, barred=masked)
-    if not placed.weights:
-        raise CalibrationError(
-            f"model: {len(everything.weights)} layers could be rounded to INT8, and none is left of them; at least one "
-            "Conv, ConvTranspose, Gemm or MatMul with a constant weight, not kept by engines.keep or quantize.keep, was "
-            "expected. Keep fewer layers, or build another precision."
-        )
-    smoothed = smooth.smooth(graph, placed, observed)
-    if smoothed.peaks:
-        placed = placement.place(graph, keep=keep, barred=masked)
-    count = f"{len(placed.nodes)} of {len(everything.nodes)} layers with constant weights and "
-    notes = [f"INT8: {count}{len(placed.activations)} activations ({section.method}); the rest stays {rest}"]
-    if smoothed.gains_db:
-        gains = sorted({f"{gain:.0f}" for gain in (min(smoothed.gains_db), max(smoothed.gains_db))}, key=float)
-        notes.append(
-            f"smoothed for their outlying channels, whole range kept: {len(smoothed.gains_db)} of "
-            f"{len(placed.activations)} activations, expected error {' to '.join(gains)} dB lower"
-        )
-    products = sum(node.op_type == "MatMul" and node.domain == "" for node in graph)
-    products -= sum(node.op_type == "MatMul" for node in everything.nodes)
-    if products:
-        notes.append(f"{products} products of two activations stay {rest}")
-    notes += [
-        f"tensor '{name}' holds mask values ({observed[name].low:.3g}): what reads it is not rounded"
-        for name in sorted(masked & {str(value.name) for value in everything.activations})
-    ]
-    scale_of = qdq.scales(placed, observed, method=section.method, percentile=section.percentile, peaks=smoothed.peaks)
-    rounded = qdq.insert(network, placed, scale_of)
-    known = {**observed, **{name: TensorStatistics(low=-peak, high=peak) for name, peak in smoothed.peaks.items()}}
-    known |= {name: known[source] for name, source in rounded.source.items()}
-    return [*notes, *rounded.notes], rounded.seen_as, known
+def _round(model: ir.Model, engine: EngineSection, section: QuantizeSection, observed: Observed) -> Quantised:
+    """Round ``model`` in place, as `engine` asks."""
+    LiftConstantsToInitializersPass(lift_all_constants=True)(model)
+    if engine.weights_only or engine.precision is Precision.INT4:
+        return weights.convert(model, engine, section, observed)
+    if engine.precision is Precision.FP8:
+        return fp8.convert(model, engine, section, observed)
+    return int8.convert(model, engine, section, observed)

@@ -66,6 +66,18 @@ HALVES: Mapping[Precision, Half] = {
 }
 
 
+def in_rest(scale: Array, rest: str, *, smallest: float = float(SMALLEST_SCALE)) -> Array:
+    """Scales that the type ``rest`` holds exactly, not below ``scale``: what is divided by them is what is multiplied.
+
+    A scale that is too large for the type stays what it is, and what is scaled by it stays FP32.
+    """
+    scale = np.maximum(scale, smallest).astype(np.float32)
+    if rest == "fp32":
+        return scale
+    stored = HALVES[Precision(rest)].not_below(scale)
+    return np.where(np.isfinite(stored), stored, scale)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Steps:
     """A number format so narrow that it needs a scale: a value is a number of steps times its scale."""
@@ -77,6 +89,14 @@ class Steps:
     lowest: float
     since: int
     """The first opset whose QuantizeLinear and DequantizeLinear take it."""
+
+    def scale(self, peak: Array, rest: str) -> Array:
+        """The scales at which magnitudes ``peak`` become the largest, in numbers that ``rest`` holds; float32."""
+        smallest = float(SMALLEST_SCALE)
+        if rest != "fp32" and not self.dtype.is_integer():
+            # Steps that have an exponent lose nothing by a scale of more than is needed, down to 2^-6.
+            smallest = HALVES[Precision(rest)].smallest
+        return in_rest(peak / np.float32(self.largest), rest, smallest=smallest)
 
     def round(self, steps: Array) -> Array:
         """The nearest numbers of this format, ties to even; what is too large becomes the largest.
@@ -93,21 +113,9 @@ class Steps:
 
 INT8 = Steps(label="INT8", dtype=ir.DataType.INT8, largest=127.0, lowest=-127.0, since=13)
 INT4 = Steps(label="INT4", dtype=ir.DataType.INT4, largest=7.0, lowest=-8.0, since=21)
-"""From -8 to 7, as TensorRT defines it. The scale of a block may be chosen so that -8 is used; see `weights`.
+"""From -8 to 7, as TensorRT defines it; a block may be given a scale at which -8 is used, see `weights`.
 
 https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/quantized-types-schemes.html"""
 FP8 = Steps(label="FP8", dtype=ir.DataType.FLOAT8E4M3FN, largest=448.0, lowest=-448.0, since=19)
-"""E4M3: 4 bits of exponent, 3 of mantissa, finite, up to 448: Micikevicius et al. 2022, FP8 Formats for Deep Learning
-(arXiv:2209.05433), table 1. (240 is the largest of another E4M3, with infinities, which ONNX calls FLOAT8E4M3FNUZ.)"""
-
-
-def in_rest(scale: Array, rest: str, *, smallest: float = float(SMALLEST_SCALE)) -> Array:
-    """Scales that the type ``rest`` holds exactly, not below ``scale``: what is divided by them is what is multiplied.
-
-    A scale that is too large for the type stays what it is, and what is scaled by it stays FP32.
-    """
-    scale = np.maximum(scale, smallest).astype(np.float32)
-    if rest == "fp32":
-        return scale
-    stored = HALVES[Precision(rest)].not_below(scale)
-    return np.where(np.isfinite(stored), stored, scale)
+"""E4M3: 4 bits of exponent, 3 of mantissa, no infinity, up to 448: Micikevicius et al. 2022, FP8 Formats for Deep
+Learning (arXiv:2209.05433), table 1. (240 is the largest number of its relative with infinities or without -0.)"""

@@ -65,6 +65,9 @@ looked through."""
 _TYPED_BY_RULE = frozenset({"ConstantOfShape", "DequantizeLinear"})
 """Operators whose output has a type of its own in the schema, and here that of its filler or of its scale."""
 
+_NOT_IN_BF16 = frozenset({"ConvTranspose"})
+"""TensorRT for RTX 1.7.1 refuses to build it ("Could not infer output types")."""
+
 _QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 _NOTED = 5
@@ -232,6 +235,8 @@ def _full_precision(
     for node, form in forms.items():
         if _accumulates(node):
             reason.setdefault(node, "that sum or square")
+        if number.precision is Precision.BF16 and node.op_type in _NOT_IN_BF16:
+            reason.setdefault(node, "that TensorRT does not build in BF16")
         if any(output in integers for output in node.outputs):
             reason.setdefault(node, "that compute on integers")
         for weight in (
@@ -259,12 +264,13 @@ def _accumulates(node: ir.Node) -> bool:
 
 
 def _is_lost(node: ir.Node, weight: Array, number: Half) -> bool:
-    """Whether a constant of ``node`` becomes something else in half: infinite, zero, or a scale of few digits."""
+    """Whether a constant of ``node`` becomes something else in half: infinite, zero, or a scale of fewer digits."""
     values = np.abs(weight[np.isfinite(weight) & (weight != 0)])
     if not values.size:
         return False
     if node.op_type in _QUANTIZERS:
-        return bool(values.min() < number.smallest)
+        small = values[values < number.smallest]
+        return bool((number.round(small).astype(np.float32) != small).any())
     vanishes = weight.size == 1 and not number.round(values).any()
     return bool(np.isinf(number.round(values)).any()) or vanishes
 

@@ -1,9 +1,9 @@
-"""INT8 as QuantizeLinear and DequantizeLinear nodes: the one canonical form that every back end takes.
+"""INT8 and FP8 as QuantizeLinear and DequantizeLinear nodes: the one canonical form that every back end takes.
 
-Signed, zero point 0, one scale per activation and one per output channel of a weight; weights stored as INT8, biases
+Signed, zero point 0, one scale per activation and one per output channel of a weight; weights stored in 8 bits, biases
 in float: TensorRT refuses a bias in INT32 and any other zero point. Every node that reads rounded values has a
-DequantizeLinear of its own, every matrix product a QuantizeLinear too, each with scales of its own: where two products
-share one, ONNX Runtime leaves both in float and takes ten times as long.
+DequantizeLinear of its own with scales of its own; in INT8 every matrix product has a QuantizeLinear too: where two
+products share one, ONNX Runtime leaves both in float and takes ten times as long.
 """
 
 from __future__ import annotations
@@ -17,16 +17,24 @@ import onnx_ir as ir
 from compiler.errors import CalibrationError
 from compiler.onnx_files import FreeNames
 from compiler.quantize import placement, thresholds
-from compiler.quantize.formats import SMALLEST_SCALE
+from compiler.quantize.formats import INT8, Steps, in_rest
 from compiler.quantize.observe import Observed
 from compiler.quantize.placement import Edge, Placement
 from compiler.spec import Array
 
-OLDEST_OPSET = 13
-"""The first in which DequantizeLinear takes a scale per channel."""
-
 BIAS_STEPS = float(1 << 30)
 """A bias may be this many times scale(input) * scale(weight): runtimes that hold it in INT32 need a factor of two more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantised:
+    """What a module that rounds a whole model (`int8`, `fp8`, `weights`) says of what it did."""
+
+    notes: tuple[str, ...]
+    seen_as: Mapping[str, str]
+    """As of `Rounded`."""
+    observed: Observed
+    """The statistics, with those of tensors that were added."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +46,26 @@ class Rounded:
     source: Mapping[str, str]
     """By name of a tensor that `insert` made: the activation that it is, rounded."""
     notes: tuple[str, ...]
+
+
+def masked(observed: Observed) -> frozenset[str]:
+    """Names of activations that hold a mask, which no range fits."""
+    return frozenset(
+        name for name, found in observed.items() if found.bins is not None and thresholds.holds_mask(found)
+    )
+
+
+def notes_on_the_rest(graph: ir.Graph, rest: str, everything: Placement, observed: Observed) -> list[str]:
+    """What could be rounded, as it seems, and is not; ``everything``: what would be, if nothing held a mask."""
+    notes = []
+    products = sum(node.op_type == "MatMul" and node.domain == "" for node in graph)
+    products -= sum(node.op_type == "MatMul" for node in everything.nodes)
+    if products:
+        notes.append(f"{products} products of two activations stay {rest.upper()}")
+    return notes + [
+        f"tensor '{name}' holds mask values ({observed[name].low:.3g}): what reads it is not rounded"
+        for name in sorted(masked(observed) & {str(value.name) for value in everything.activations})
+    ]
 
 
 def scales(
@@ -60,33 +88,43 @@ def scales(
         elif root not in by_root:
             statistics = observed.get(root)
             if statistics is None or statistics.bins is None:
-                raise CalibrationError(
-                    f"tensor '{root}': no statistics of it; those of every tensor to be rounded were expected. "
-                    "Run again without the cache: --no-cache."
-                )
+                raise not_observed(root)
             by_root[root] = thresholds.scale(statistics, method=method, percentile=percentile)
         found[str(value.name)] = by_root[root]
     return found
 
 
-def insert(model: ir.Model, placed: Placement, scale_of: Mapping[str, np.float32]) -> Rounded:
+def not_observed(name: str) -> CalibrationError:
+    """The refusal to round a tensor of unknown range."""
+    return CalibrationError(
+        f"tensor '{name}': no statistics of it; those of every tensor to be rounded were expected. "
+        "Run again without the cache: --no-cache."
+    )
+
+
+def insert(
+    model: ir.Model, placed: Placement, scale_of: Mapping[str, np.float32], *, steps: Steps = INT8, rest: str = "fp32"
+) -> Rounded:
     """Round what ``placed`` says, in place. Inputs and outputs of the model keep their names and types.
 
     Args:
         placed: of ``model.graph`` as it is.
         scale_of: for every activation of ``placed``, by name.
+        steps: INT8 or FP8.
+        rest: the precision that what is not rounded will get, which the scales of weights are to fit.
 
     Raises:
-        CalibrationError: a weight holds NaN or Inf, or the opset is older than `OLDEST_OPSET`.
+        CalibrationError: a weight holds NaN or Inf, or the opset does not know ``steps``.
     """
     opset = model.opset_imports.get("", 0)
-    if opset < OLDEST_OPSET:
+    if opset < steps.since:
         raise CalibrationError(
-            f"model: its opset is {opset}; INT8 needs {OLDEST_OPSET} or later. Export it again with a newer opset."
+            f"model: its opset is {opset}; {steps.label} needs {steps.since} or later. "
+            "Export it again with a newer opset."
         )
     placement.check_weights(placed)
-    editor = _Editor(model.graph)
-    notes = editor.round_weights(placed, scale_of)
+    editor = _Editor(model.graph, steps)
+    notes = editor.round_weights(placed, scale_of, rest)
     # Who computes in integers is asked of the graph as it was: rounding an activation hides what it is fused to.
     integer = _integer_edges(model.graph, placed)
     for value in placed.outputs:
@@ -96,13 +134,20 @@ def insert(model: ir.Model, placed: Placement, scale_of: Mapping[str, np.float32
 
 
 def round_weight(
-    weight: Array, axis: int | None, *, bias: Array | None = None, input_scale: float = 1.0
+    weight: Array,
+    axis: int | None,
+    *,
+    steps: Steps = INT8,
+    rest: str = "fp32",
+    bias: Array | None = None,
+    input_scale: float = 1.0,
 ) -> tuple[Array, Array, int]:
-    """A weight in INT8, its scales ([] or [channels], float32), and how many channels are all zero.
+    """A weight in INT8 or FP8, its scales ([] or [channels], float32), and how many channels are all zero.
 
-    The scale of a channel is its largest magnitude / 127. A channel of zeros takes the largest scale of the others.
-    A channel whose weights are tiny beside its bias takes the scale at which the bias is `BIAS_STEPS` steps: below
-    that, a runtime that holds biases in INT32 clips the bias, while what such weights add to it is lost either way.
+    The scale of a channel is its largest magnitude / 127 (FP8: / 448), or the next larger one that ``rest`` holds. A
+    channel of zeros takes the largest scale of the others. In INT8, a channel whose weights are tiny beside its bias
+    takes the scale at which the bias is `BIAS_STEPS` steps: below that, a runtime that holds biases in INT32 clips the
+    bias, while what such weights add to it is lost either way.
 
     >>> q, scale, zeros = round_weight(np.array([[1.27, -0.5], [0.0, 0.0]], np.float32), 0)
     >>> q.tolist(), [f"{x:.2f}" for x in scale], zeros
@@ -111,13 +156,11 @@ def round_weight(
     others = tuple(i for i in range(weight.ndim) if i != axis) if axis is not None else None
     peak = np.abs(weight).max(axis=others)
     zeros = int(np.count_nonzero(peak == 0))
-    scale = np.where(peak == 0, peak.max() or 1.0, peak) / np.float32(thresholds.LEVELS)
-    if bias is not None and bias.shape == scale.shape:
-        scale = np.maximum(scale, np.abs(bias.astype(np.float64)) / (input_scale * BIAS_STEPS))
-    scale = np.maximum(scale, SMALLEST_SCALE).astype(np.float32)
+    scale = steps.scale(np.where(peak == 0, peak.max() or 1.0, peak), rest)
+    if steps is INT8 and bias is not None and bias.shape == scale.shape:
+        scale = in_rest(np.maximum(scale, np.abs(bias.astype(np.float64)) / (input_scale * BIAS_STEPS)), rest)
     shape = [-1 if i == axis else 1 for i in range(weight.ndim)] if axis is not None else []
-    steps = np.rint(weight / scale.reshape(shape))
-    return np.clip(steps, -thresholds.LEVELS, thresholds.LEVELS).astype(np.int8), scale, zeros
+    return steps.round(weight / scale.reshape(shape)), scale, zeros
 
 
 def _integer_edges(graph: ir.Graph, placed: Placement) -> frozenset[Edge]:
@@ -134,13 +177,14 @@ def _integer_edges(graph: ir.Graph, placed: Placement) -> frozenset[Edge]:
 class _Editor:
     """Puts nodes into a graph under names that are free."""
 
-    def __init__(self, graph: ir.Graph) -> None:
+    def __init__(self, graph: ir.Graph, steps: Steps) -> None:
         self.seen_as: dict[str, str] = {}
         self.source: dict[str, str] = {}
         self._graph = graph
+        self._steps = steps
         self._free = FreeNames(graph).free
 
-    def round_weights(self, placed: Placement, scale_of: Mapping[str, np.float32]) -> list[str]:
+    def round_weights(self, placed: Placement, scale_of: Mapping[str, np.float32], rest: str) -> list[str]:
         notes = []
         stored: dict[tuple[ir.Value, int | None, bytes], ir.Value] = {}
         for node, index in placed.weights:
@@ -149,12 +193,14 @@ class _Editor:
             axis = placement.weight_axis((node, index))
             bias = placement.constant(node.inputs[2]) if len(node.inputs) > 2 else None
             input_scale = float(scale_of[str(activation.name)])
-            steps, scale, zeros = round_weight(weight.const_value.numpy(), axis, bias=bias, input_scale=input_scale)
+            steps, scale, zeros = round_weight(
+                weight.const_value.numpy(), axis, steps=self._steps, rest=rest, bias=bias, input_scale=input_scale
+            )
             if zeros:
                 notes.append(f"weight '{weight.name}': {zeros} of {scale.size} channels are all zero")
             key = (weight, axis, scale.tobytes())
             if key not in stored:
-                stored[key] = self._constant(f"{weight.name}_int8", steps)
+                stored[key] = self._constant(f"{weight.name}_{self._steps.label.lower()}", steps)
             name = f"{weight.name}_dequantized"
             rounded, dequantize = self._dequantize(name, stored[key], scale, axis)
             self._graph.insert_before(node, dequantize)
@@ -199,7 +245,7 @@ class _Editor:
             value = node.inputs[index]
             assert value is not None, "placed"
             name, scale = str(value.name), scale_of[str(value.name)]
-            private = node.op_type in placement.PRODUCTS
+            private = self._steps is INT8 and node.op_type in placement.PRODUCTS
             if private or value not in shared:
                 steps, quantize = self._quantize(name, value, scale)
                 self._place_after(value, quantize)
@@ -219,7 +265,7 @@ class _Editor:
             self._graph.insert_before(self._graph[0], node)
 
     def _quantize(self, name: str, value: ir.Value, scale: np.float32) -> tuple[ir.Value, ir.Node]:
-        output = _like(value, self._free(f"{name}_quantized"), ir.DataType.INT8)
+        output = _like(value, self._free(f"{name}_quantized"), self._steps.dtype)
         inputs = [value, *self._parameters(str(output.name), np.asarray(scale))]
         return output, ir.node("QuantizeLinear", inputs, outputs=[output], name=output.name)
 
@@ -245,7 +291,7 @@ class _Editor:
     def _parameters(self, name: str, scale: Array) -> tuple[ir.Value, ir.Value]:
         return (
             self._constant(f"{name}_scale", scale.astype(np.float32)),
-            self._constant(f"{name}_zero_point", np.zeros(scale.shape, np.int8)),
+            self._constant(f"{name}_zero_point", np.zeros(scale.shape, self._steps.dtype.numpy())),
         )
 
     def _constant(self, name: str, array: Array) -> ir.Value:
