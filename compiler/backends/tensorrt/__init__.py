@@ -113,6 +113,8 @@ class TensorRT:
 
         section = section or TensorRTSection()
         started = time.perf_counter()
+        if self.cannot_run() is not None:
+            _check_probe(model, builds.PLAN)
         trt = importlib.import_module(self.module)
         wanted, stored_bytes = precision.asked(model.path)
         keeps_timings = self.NAME != options.RTX and caches is not None and section.timing_cache is not False
@@ -185,6 +187,17 @@ class TensorRT:
                 "installs a builder that needs no GPU; for an RTX card, install TensorRT for RTX from NVIDIA"
             )
         return f"the Python package 'tensorrt' is not installed; it comes from NVIDIA: {_INSTALL}"
+
+
+def _check_probe(model: OnnxModel, where: str) -> None:
+    """What running the probe would find of its names, types and shapes, where it cannot be run."""
+    import numpy as np
+
+    from compiler.backends.feeds import FeedCheck
+
+    if model.probe is not None:
+        with np.load(model.probe) as probe:
+            FeedCheck(where, model.inputs)({name: probe[name] for name in probe.files})
 
 
 def _judged(proof: PrecisionProof, model: OnnxModel, section: TensorRTSection) -> list[str]:

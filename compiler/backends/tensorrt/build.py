@@ -43,6 +43,10 @@ _CAUSES = (
         "the targets {0} have no instructions for {1}; remove them from [tensorrt] compute_capabilities",
     ),
     (
+        re.compile(r"for \w+ \(SM(\d+)\): ([\w ]+) is not supported"),
+        "the target sm{0} has no {1}; remove it from [tensorrt] compute_capabilities",
+    ),
+    (
         re.compile(r"no tactics to implement the operation within workspace limit"),
         "no kernel fits into the workspace; raise [tensorrt] workspace_mib",
     ),
@@ -319,7 +323,7 @@ def _monitor(trt: Any, progress: Progress) -> Any:
             share = 0.0
             for done, total in reversed(self._phases.values()):
                 share = min(1.0, (done + share) / total)
-            percent = max(self._shown, int(100 * share))
+            percent = max(self._shown, int(100 * share)) if self._phases else 100
             if percent != self._shown:
                 self._shown = percent
                 progress(percent, 100)

@@ -16,7 +16,7 @@ _WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
 _NOISE = re.compile(
     r"^(?:ModelImporter\.cpp:\d+: )?(?:--- (?:Begin|End) node ---|Node name:|input:|output:|name:|op_type:)"
 )
-_WHERE = re.compile(r"^(?:IBuilder::\w+: |\[?\w+\.cpp(?::\w+)?::\d+\] ?|\w+\.cpp:\d+: )+")
+_WHERE = re.compile(r"^(?:I\w+::\w+: |\[\w+\.cpp[^\]]*\] ?|\w+\.cpp:\d+: )+")
 
 
 class BuildLog:
