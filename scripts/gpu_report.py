@@ -410,7 +410,7 @@ def measure_energy(
     power = mean_power(readings, start, end)
     inferences = calls * batch
     joules = power.watts * (end - start) / inferences
-    above: Any = {"missing": f"idle power: {idle['missing']}"}
+    above: Any = {"missing": f"idle power: {idle.get('missing')}"}
     if "watts" in idle:
         above = (power.watts - idle["watts"]) * (end - start) / inferences
     return {
@@ -419,6 +419,7 @@ def measure_energy(
         "watts": power.watts,
         "source": power.source,
         "error_share": power.error_share,
+        "ms_per_call": 1e3 * (end - start) / calls,
         "window_s": end - start,
         "inferences": inferences,
         "conditions": conditions(readings),
@@ -1407,19 +1408,11 @@ def torch_work(torch: Any, model: Any, feeds: Mapping[str, Any]) -> Json:
     }
 
 
-def engine_candidates(artifact: Path, recipe_name: str) -> Iterator[tuple[Candidate, str | None]]:
-    """The engines of an artifact, opened; with each why it cannot be, or None. None at all where it is another recipe's.
-
-    Raises:
-        ArtifactError: the folder is not what was built.
-    """
-    from compiler import artifact as artifacts
+def engine_candidates(manifests: Sequence[Any], work: Json) -> Iterator[tuple[Candidate, str | None]]:
+    """The engines of artifacts, opened; with each why it cannot be, or None."""
     from compiler import backends
 
-    manifest = artifacts.verify(artifact)
-    if manifest.name != recipe_name:
-        return
-    for engine in manifest.engines:
+    for engine in itertools.chain.from_iterable(manifest.engines for manifest in manifests):
         provider = engine.options.get("provider", "")
         candidate = Candidate(
             name=engine.name,
@@ -1429,24 +1422,39 @@ def engine_candidates(artifact: Path, recipe_name: str) -> Iterator[tuple[Candid
             runner=None,
             sha256=engine.sha256,
         )
-        weights = engine.size_bytes
-        if engine.proof is not None and (engine.proof.weight_bytes or engine.proof.expected_weight_bytes):
-            weights = engine.proof.weight_bytes or engine.proof.expected_weight_bytes or weights
-        else:
+        weights = engine.proof and (engine.proof.weight_bytes or engine.proof.expected_weight_bytes)
+        if not weights:
+            weights = engine.size_bytes
             candidate.notes.append("bytes: the size of its file stands for its weights")
-        candidate.moved_bytes = weights
+        if "io_bytes" in work:
+            candidate.moved_bytes = weights + work["io_bytes"]
         try:
             candidate.runner = backends.get(engine.backend).open(engine, threads=0)
-            yield candidate, None
+            refusal = None
         except Exception as exc:
-            yield candidate, reason(exc)
+            refusal = reason(exc)
+        yield candidate, refusal
+
+
+def in_order(
+    of_torch: Iterator[tuple[Candidate, str | None]], of_engines: Iterable[tuple[Candidate, str | None]]
+) -> Iterator[tuple[Candidate, str | None]]:
+    """Eager PyTorch, then engines, then what has to be compiled: what is quick to make comes first."""
+    first_compiled = []
+    for one in of_torch:
+        if one[0].how == "compile":
+            first_compiled = [one]
+            break
+        yield one
+    yield from of_engines
+    yield from first_compiled
+    yield from of_torch
 
 
 # --- a batch size ---------------------------------------------------------------------------------------------------
 
 
 def measure_batch(
-    batch: int,
     found: Json,
     candidates: Iterable[tuple[Candidate, str | None]],
     feeds: Mapping[str, Any],
@@ -1459,8 +1467,7 @@ def measure_batch(
     """Fill ``found`` with every candidate's difference from the original, both boundaries' latencies, and energy.
 
     Args:
-        batch: inferences in one call.
-        found: ``{"batch", "work"}``; ``candidates`` and ``samples`` are added.
+        found: ``{"batch", "work"}``; ``candidates``, ``samples`` and ``idle`` are added.
         candidates: opened one after the other; the first must be eager PyTorch in FP32, the reference.
         feeds: arrays by name.
         gauge: a `Gauge`, or why there is none.
@@ -1496,7 +1503,7 @@ def measure_batch(
             if boundary == "host" or hasattr(candidate.runner, "time_device")
         }
         share = deadline.part(MEASURE_SHARE)
-        taken = guarded(functools.partial(_latencies, batch, timed, feeds, gauge, share))
+        taken = guarded(functools.partial(_latencies, found["batch"], timed, feeds, gauge, share))
         _enter(found, boundary, taken, ready)
         emit()
     _measure_energies(found, feeds, ready, gauge=gauge, wanted=energy, deadline=deadline, emit=emit)
@@ -1671,6 +1678,7 @@ def _measure_recipe(path: Path, job: Json, entry: Json, deadline: Deadline, emit
     entry["name"] = recipe.name
     torch = cuda_torch()
     gauge = guarded(lambda: Gauge(*open_nvml(uuid_of(torch))))
+    manifests = manifests_of(recipe.name, job["artifacts"], entry)
     sources = source.locate(recipe, path.parent)
     model, names = original_of(recipe, sources)
     samples = module("compiler.data").first_samples(recipe, sources, SAMPLES)
@@ -1688,51 +1696,37 @@ def _measure_recipe(path: Path, job: Json, entry: Json, deadline: Deadline, emit
         try:
             feeds = feeds_at(recipe, samples, batch)
             found["work"] = guarded(lambda feeds=feeds: torch_work(torch, models["fp32"], feeds))  # type: ignore[misc]
-            if counted := _onnx_work(recipe, job["artifacts"], batch):
+            if counted := _onnx_work(recipe, manifests, batch):
                 by_torch = {name: value for name, value in found["work"].items() if name != "missing"}
                 found["work"] = by_torch | {"torch_flops": by_torch.get("flops")} | counted
-            candidates = _all_candidates(torch, models, feeds, names, found, entry, job, recipe.name, share)
-            measure_batch(batch, found, candidates, feeds, gauge=gauge, energy=job["energy"], deadline=share, emit=emit)
+            work = found["work"]
+            candidates = in_order(
+                torch_candidates(torch, models, feeds, names, work, share.part(COMPILE_SHARE)),
+                engine_candidates(manifests, work),
+            )
+            measure_batch(found, candidates, feeds, gauge=gauge, energy=job["energy"], deadline=share, emit=emit)
         except Exception as exc:
             found["missing"] = reason(exc)
         emit()
 
 
-def _all_candidates(
-    torch: Any,
-    models: MutableMapping[str, Any],
-    feeds: Mapping[str, Any],
-    names: Sequence[str],
-    found: Json,
-    entry: Json,
-    job: Json,
-    recipe_name: str,
-    share: Deadline,
-) -> Iterator[tuple[Candidate, str | None]]:
-    """Eager PyTorch, then engines, then what has to be compiled: what is quick to make comes first."""
-    work = found["work"]
-    of_torch = torch_candidates(torch, models, feeds, names, work, share.part(COMPILE_SHARE))
-    compiled = None
-    for compiled in of_torch:
-        if compiled[0].how == "compile":
-            break
-        yield compiled
-        compiled = None
-    engines = 0
-    for artifact in job["artifacts"]:
+def manifests_of(recipe_name: str, artifacts: Sequence[str], entry: Json) -> list[Any]:
+    """The manifests of those artifacts that are this recipe's and undamaged; why there is none goes into ``entry``."""
+    from compiler import artifact
+
+    found = []
+    entry["engines"] = {"missing": "no artifact of this recipe was given (--artifact)"}
+    for folder in artifacts:
         try:
-            for candidate, refusal in engine_candidates(Path(artifact), recipe_name):
-                if "io_bytes" in work:
-                    candidate.moved_bytes += work["io_bytes"]
-                engines += 1
-                yield candidate, refusal
-        except Exception as exc:
-            entry["artifact"] = {"missing": reason(exc)}
-    if not engines:
-        entry.setdefault("engines", {"missing": "no artifact with engines of this recipe was given (--artifact)"})
-    if compiled is not None:
-        yield compiled
-        yield from of_torch
+            manifest = artifact.verify(Path(folder))
+        except BuildEngineError as exc:
+            entry["engines"] = {"missing": reason(exc)}
+            continue
+        if manifest.name == recipe_name:
+            found.append(manifest)
+    if found:
+        entry["engines"] = {engine.name: engine.sha256 for manifest in found for engine in manifest.engines}
+    return found
 
 
 def original_of(recipe: Any, sources: Any) -> tuple[Any, tuple[str, ...]]:
@@ -1766,21 +1760,18 @@ def feeds_at(recipe: Any, samples: Sequence[Mapping[str, Any]], batch: int) -> d
     return feeds
 
 
-def _onnx_work(recipe: Any, artifacts: Sequence[str], batch: int) -> Json:
+def _onnx_work(recipe: Any, manifests: Sequence[Any], batch: int) -> Json:
     """The count from an ONNX engine of an artifact, where there is one that says all; it wins over torch's."""
     from compiler.spec import batch_axis
 
-    for artifact in artifacts:
-        for path in sorted(Path(artifact).glob("engines/*/*.onnx")):
-            sizes = {name: axis.opt for name, axis in recipe.axes.items()}
-            sizes[batch_axis(recipe.inputs) or ""] = batch
-            counted = guarded(
-                lambda path=path, sizes=sizes: count_flops(  # type: ignore[misc]
-                    module("onnx").load(path, load_external_data=False), sizes
-                )
-            )
+    sizes = {name: axis.opt for name, axis in recipe.axes.items()}
+    sizes[batch_axis(recipe.inputs) or ""] = batch
+    for engine in itertools.chain.from_iterable(manifest.engines for manifest in manifests):
+        if engine.path.suffix == ".onnx":
+            load = functools.partial(module("onnx").load, engine.path, load_external_data=False)
+            counted = guarded(lambda load=load: count_flops(load(), sizes))  # type: ignore[misc]
             if "flops" in counted and not counted["uncounted"]:
-                return {"flops": counted["flops"], "flops_source": f"ONNX, {path.parent.name}/{path.name}", **counted}
+                return {"flops_source": f"ONNX shapes of engine {engine.name}", **counted}
     return {}
 
 
@@ -1915,14 +1906,14 @@ def missing_of(content: Any, path: tuple[str, ...] = ()) -> Iterator[Json]:
     """Every ``{"missing": reason}`` below a value, with where it stands.
 
     >>> list(missing_of({"a": {"missing": "no"}, "b": [{"name": "x", "c": {"missing": "none"}}]}))
-    [{'part': 'a', 'reason': 'no'}, {'part': 'b.x.c', 'reason': 'none'}]
+    [{'part': 'a', 'reason': 'no'}, {'part': 'b / x / c', 'reason': 'none'}]
     """
     if isinstance(content, Mapping):
         if isinstance(content.get("missing"), str):
-            yield {"part": ".".join(path), "reason": content["missing"]}
+            yield {"part": " / ".join(path), "reason": content["missing"]}
         for name, value in content.items():
             if name not in ("samples_s", "block_of"):
-                yield from missing_of(value, (*path, str(name)))
+                yield from missing_of(value, path if name in ("batches", "candidates") else (*path, str(name)))
     elif isinstance(content, list):
         for index, value in enumerate(content):
             if isinstance(value, Mapping):

@@ -35,6 +35,8 @@ CEILING_NAMES = {
     "d2h": "device to pinned host",
 }
 NOTHING = "n/a"
+SHOWN = 6
+"""Parts that are named for one reason; the file has all of them."""
 
 
 def markdown(content: Mapping[str, Any]) -> str:
@@ -268,7 +270,7 @@ def _cost_row(candidate: Mapping[str, Any]) -> list[str]:
     ]
     if "fraction" not in roof:
         return [*cells, NOTHING, NOTHING, NOTHING, NOTHING]
-    return [*cells, _short(roof["gb_s"]), _short(roof["tflops"]), f"{roof['fraction']:.1%}", roof["binds"]]
+    return [*cells, _short(roof["gb_s"]), _short(roof["tflops"]), f"{roof['fraction']:.2%}", roof["binds"]]
 
 
 def _boundary(name: str, found: Mapping[str, Any]) -> Iterator[str]:
@@ -282,12 +284,15 @@ def _boundary(name: str, found: Mapping[str, Any]) -> Iterator[str]:
     )
     if "missing" not in found["conditions"]:
         yield f"{name}: {_told(found['conditions'])}"
-    yield from (f"{name}: {note}" for note in found["notes"])
+    yield from (f"{name}: {note}" for note in found["notes"] if not note.startswith("order of candidates"))
 
 
 def _idle(idle: Mapping[str, Any]) -> Iterator[str]:
     if "watts" in idle:
-        yield f"energy: {idle['watts']:.0f} W with nothing to do, by the {idle['source']}; the GPU's board alone, not its host"
+        yield (
+            f"energy: back-to-back calls, inputs and outputs in device memory; {idle['watts']:.0f} W with nothing to do, by the "
+            f"{idle['source']}; the GPU alone, not its host"
+        )
 
 
 def _told(seen: Mapping[str, Any]) -> str:
@@ -309,7 +314,12 @@ def _missing(missing: Sequence[Mapping[str, str]]) -> str:
         by_reason.setdefault(entry["reason"], []).append(entry["part"])
     if not by_reason:
         return "Nothing."
-    return _grid(("what", "why"), [(", ".join(parts), reason) for reason, parts in by_reason.items()])
+    return _grid(("what", "why"), [(_some(parts), reason) for reason, parts in by_reason.items()])
+
+
+def _some(parts: Sequence[str]) -> str:
+    more = len(parts) - SHOWN
+    return "; ".join(parts[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _short(value: float) -> str:
