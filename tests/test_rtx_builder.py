@@ -3,6 +3,7 @@ process of its own, since a wrong one crashes."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -244,9 +245,9 @@ class World:
     """What a user of the builder has in hand: `max(x.reshape(shape), 0)`, parsed, and one thing of each class."""
 
     def __init__(self) -> None:
-        import tensorrt_rtx as trt
+        trt: Any = importlib.import_module("tensorrt_rtx")
 
-        self.trt: Any = trt
+        self.trt = trt
         self.log: list[tuple[Any, str]] = []
         self.logger = _logger(trt, self.log)
         self.builder = trt.Builder(self.logger)
