@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 NAME = "onnxruntime"
-PRECISIONS = frozenset({Precision.FP32, Precision.FP16, Precision.BF16, Precision.INT8})
+PRECISIONS = frozenset(Precision)
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -105,7 +105,14 @@ def build(
         notes += lowering.lower(network)
     path = out_dir / "engine.onnx"
     sha256, external = onnx_files.write(network, path)
-    runner = _SessionRunner(path, threads=threads, provider=provider, inputs=model.inputs, outputs=model.outputs)
+    runner = _SessionRunner(
+        path,
+        threads=threads,
+        provider=provider,
+        fuse=_fuses(model.precision),
+        inputs=model.inputs,
+        outputs=model.outputs,
+    )
     try:
         if model.probe is not None:
             with np.load(model.probe) as probe:
@@ -142,6 +149,7 @@ def open(engine: Engine, *, threads: int) -> Runner:
         threads=threads,
         provider=engine.options.get("provider", CPU),
         spin=True,
+        fuse=_fuses(engine.precision),
         inputs=engine.inputs,
         outputs=engine.outputs,
     )
@@ -170,11 +178,12 @@ class _SessionRunner:
         provider: str,
         optimize: bool = True,
         spin: bool = False,
+        fuse: bool = True,
         inputs: tuple[TensorSpec, ...] | None = None,
         outputs: tuple[TensorSpec, ...] | None = None,
     ) -> None:
         self._path = path
-        self._session: Any = _session(path, threads=threads, provider=provider, optimize=optimize, spin=spin)
+        self._session: Any = _session(path, threads=threads, provider=provider, optimize=optimize, spin=spin, fuse=fuse)
         self.inputs = _specs(self._session.get_inputs()) if inputs is None else inputs
         self.outputs = _specs(self._session.get_outputs()) if outputs is None else outputs
         self._names = [spec.name for spec in self.outputs]
@@ -244,8 +253,20 @@ def _listed(names: Sequence[str] | Feeds) -> str:
     return ", ".join(f"'{name}'" for name in names) or "nothing"
 
 
-def _session(path: Path, *, threads: int, provider: str, optimize: bool, spin: bool) -> onnxruntime.InferenceSession:
-    """A session. ``spin``: threads wait for work by spinning for a while.
+_WRONG_ON_FP8 = ("ReluQuantRewrite", "ClipQuantRewrite")
+"""Rewrites that drop a Relu or a Clip before a QuantizeLinear, as if that clipped at zero: so it may in UINT8, not in FP8."""
+
+
+def _fuses(precision: Precision) -> bool:
+    """Whether Q/DQ nodes may be fused with what they surround: for FP8 ONNX Runtime would make an INT8 operator of them,
+    and then refuse the model for its types."""
+    return precision is not Precision.FP8
+
+
+def _session(
+    path: Path, *, threads: int, provider: str, optimize: bool, spin: bool, fuse: bool
+) -> onnxruntime.InferenceSession:
+    """A session. ``spin``: threads wait for work by spinning for a while; ``fuse``: Q/DQ nodes may be fused.
 
     An engine spins, as ONNX Runtime and PyTorch do by default: without, a transformer takes a quarter longer. What runs
     a model to look at it does not: it is not timed, and spinning takes the cores from everybody else.
@@ -261,11 +282,17 @@ def _session(path: Path, *, threads: int, provider: str, optimize: bool, spin: b
     options.use_deterministic_compute = True
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    # Fused with rounded weights, a product would round its activations too, to INT8 (level 4, the default); level 1 leaves
+    # them in FP32, as a weight-only engine promises.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    if not fuse:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if _saturates():
         options.add_session_config_entry("session.x64quantprecision", "1")
     wanted: list[Any] = [CPU] if provider == CPU else [(CUDA, {"use_tf32": "0"}), CPU]
     try:
-        session = ort.InferenceSession(str(path), options, providers=wanted)
+        avoided = [] if fuse else list(_WRONG_ON_FP8)
+        session = ort.InferenceSession(str(path), options, providers=wanted, disabled_optimizers=avoided)
     except Exception as exc:
         raise _translated(path, exc) from exc
     if session.get_providers()[0] != provider:
@@ -329,7 +356,7 @@ def _choose_provider(model: OnnxModel) -> tuple[str, list[str]]:
     if model.precision is Precision.INT8:
         return CPU, ["built for the CPU: ONNX Runtime's CUDA provider has no INT8 kernels for Q/DQ models"]
     try:
-        _session(model.path, threads=1, provider=CUDA, optimize=True, spin=False)
+        _session(model.path, threads=1, provider=CUDA, optimize=True, spin=False, fuse=True)
     except BuildError as exc:
         return CPU, [f"built for the CPU, although there is a GPU: {exc.message}"]
     return CUDA, []

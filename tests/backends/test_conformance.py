@@ -52,7 +52,7 @@ def precision(request: pytest.FixtureRequest, backend: Backend) -> Precision:
 def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[Precision, OnnxModel]:
     """A residual network in every precision."""
     folder = tmp_path_factory.mktemp("models")
-    model = networks.save(networks.residual(), folder / "model.onnx", probe=SAMPLES[0])
+    model = networks.save(networks.residual(channels=16), folder / "model.onnx", probe=SAMPLES[0])
     data = networks.calibration(folder / "data", SAMPLES)
     for name in ("observed", *Precision):
         (folder / name).mkdir()
@@ -62,7 +62,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Mapping[Precision, OnnxM
     made = {Precision.FP32: model}
     for precision in set(Precision) - {Precision.FP32}:
         made[precision] = quantize(
-            EngineSection(precision=precision),
+            EngineSection(precision=precision, block=16 if precision is Precision.INT4 else 32),
             QuantizeSection(),
             model,
             statistics,

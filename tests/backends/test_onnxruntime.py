@@ -122,7 +122,9 @@ def test_threads_are_recorded_and_pinned(tmp_path: Path) -> None:
         (tmp_path / recorded).mkdir(exist_ok=True)
         engine = backend.build(model, name="e", reason="", threads=threads, out_dir=tmp_path / recorded)
         assert engine.options == {"provider": "CPUExecutionProvider", "threads": recorded, "spinning": "on"}
-        session = backend._session(engine.path, threads=threads, provider=backend.CPU, optimize=True, spin=True)
+        session = backend._session(
+            engine.path, threads=threads, provider=backend.CPU, optimize=True, spin=True, fuse=True
+        )
         assert session.get_session_options().intra_op_num_threads == int(recorded)
         assert session.get_session_options().inter_op_num_threads == 1
 

@@ -66,18 +66,19 @@ def refusal(model: OnnxModel, folder: Path, **options: Any) -> str:
 
 def test_a_plan_is_built_and_its_precision_proved(model: OnnxModel, tmp_path: Path) -> None:
     engine = build(model, tmp_path / "out")
+    assert engine.proof is not None
+    assert engine.proof.weight_bytes is not None
     assert engine.path.read_bytes().find(b"vtrt") in range(8)
     assert engine.proof == PrecisionProof(
         method="types of the network that NVIDIA's parser made, and the builder's own count of weight memory",
         layers=6,
         as_asked=6,
         by_precision={"fp32": 6},
-        weight_bytes=engine.proof and engine.proof.weight_bytes,
+        weight_bytes=engine.proof.weight_bytes,
         expected_weight_bytes=sum(
             onnx.numpy_helper.to_array(weight).nbytes for weight in onnx.load(model.path).graph.initializer
         ),
     )
-    assert engine.proof.weight_bytes is not None
     assert engine.notes[-1] == ("precision: asked FP32: 6 of 6 layers that multiply are as the model asks (fp32 6)")
     assert engine.profiles == ({"batch": DimRange(min=1, opt=4, max=64)},)
     assert {key: value for key, value in engine.options.items() if key != "build_s"} == {
