@@ -18,6 +18,7 @@ from pathlib import Path
 
 WHEELS = {"onnxruntime-ep-nv-tensorrt-rtx-cu13": "0.5.0", "tensorrt-cu13-bindings": "11.4.0.106"}
 PACKAGE = Path(__file__).with_name("tensorrt_rtx_package.py")
+PLATFORM = "linux-x86_64"
 STAMP = "installed"
 
 _PRELUDE = """\
@@ -88,6 +89,8 @@ def install(python: str) -> None:
         InstallError: no such environment, platform, wheel or compiler, or what was installed does not work.
         OSError: the environment cannot be written.
     """
+    if (platform := sysconfig.get_platform()) != PLATFORM:
+        raise InstallError(f"found {platform}; the wheels exist for {PLATFORM} only. Use such a machine.")
     site = _site(python)
     if up_to_date(site):
         return
@@ -127,21 +130,17 @@ def _site(python: str) -> Path:
 
 
 def _install(python: str, site: Path) -> None:
-    if (sys.platform, os.uname().machine) != ("linux", "x86_64"):
-        raise InstallError(
-            f"found {sys.platform} on {os.uname().machine}; the wheels exist for Linux on x86_64 only. "
-            "Use such a machine."
-        )
-    if (site / "tensorrt_libs").exists():
-        raise InstallError(
-            f"TensorRT itself is installed in {site}; an environment without it was expected, since its bindings would "
-            "be replaced. Use another environment."
-        )
+    for name, package in {"TensorRT itself": "tensorrt_libs", "NVIDIA's own tensorrt_rtx": "tensorrt_rtx-*"}.items():
+        if any(site.glob(package)):
+            raise InstallError(
+                f"{name} is installed in {site}; an environment without it was expected, since parts of it would be "
+                "replaced. Use another environment."
+            )
     compiler = _compiler()
     folder = site / "tensorrt_rtx"
     folder.mkdir(exist_ok=True)
     (folder / STAMP).unlink(missing_ok=True)
-    print(f"rtx_builder: installing TensorRT for RTX into {site} (once; 190 MB) ...", file=sys.stderr)
+    print(f"rtx_builder: installing TensorRT for RTX into {site} (once; 300 MB) ...", file=sys.stderr)
     pip = [python, "-m", "pip", "install", "--no-deps", "--quiet", "--disable-pip-version-check"]
     _output([*pip, *(f"{name}=={version}" for name, version in WHEELS.items())], "pip")
     for name, source in SOURCES.items():
@@ -151,25 +150,25 @@ def _install(python: str, site: Path) -> None:
     _publish(folder / STAMP, _stamp().encode())
 
 
-def _compiler() -> str:
+def _compiler() -> list[str]:
+    """The command that starts the compiler: $CC, which may have arguments, or the first of the usual names."""
+    import shlex
     import shutil
 
     asked = os.environ.get("CC")
-    found = next(
-        (path for name in ([asked] if asked else ["cc", "gcc", "clang"]) if (path := shutil.which(name))), None
+    for command in [shlex.split(asked)] if asked else [["cc"], ["gcc"], ["clang"]]:
+        if shutil.which(command[0]):
+            return command
+    raise InstallError(
+        f"no C compiler: found none named {asked or 'cc, gcc or clang'}; one was expected. Install gcc, or set CC."
     )
-    if found is None:
-        raise InstallError(
-            f"no C compiler: found none named {asked or 'cc, gcc or clang'}; one was expected. Install gcc, or set CC."
-        )
-    return found
 
 
-def _compile(compiler: str, source: str, target: Path) -> None:
+def _compile(compiler: list[str], source: str, target: Path) -> None:
     code, aside = target.with_suffix(".c"), target.with_suffix(".new")
     code.write_text(source)
     soname = f"-Wl,-soname,{target.name}"
-    _output([compiler, "-shared", "-fPIC", "-O1", soname, "-o", str(aside), str(code), "-ldl"], "the C compiler")
+    _output([*compiler, "-shared", "-fPIC", "-O1", soname, "-o", str(aside), str(code), "-ldl"], "the C compiler")
     aside.replace(target)
     code.unlink()
 

@@ -12,6 +12,7 @@ import signal
 import stat
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ class Environment:
 
 ALL = {"__init__.py", "installed", "libnvinfer.so.11", "libnvinfer_plugin.so.11", "libnvonnxparser.so.11"}
 linux = pytest.mark.skipif(
-    (sys.platform, os.uname().machine) != ("linux", "x86_64"), reason="the wheels exist for Linux on x86_64 only"
+    sysconfig.get_platform() != rtx_builder.PLATFORM, reason=f"the wheels exist for {rtx_builder.PLATFORM} only"
 )
 
 
@@ -213,23 +214,34 @@ def test_what_was_installed_does_not_work(environment: Environment, capsys: Any)
 
 
 @linux
-def test_tensorrt_itself_is_left_alone(environment: Environment, capsys: Any) -> None:
-    (environment.site / "tensorrt_libs").mkdir()
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [("tensorrt_libs", "TensorRT itself"), ("tensorrt_rtx-1.7.1.dist-info", "NVIDIA's own tensorrt_rtx")],
+)
+def test_what_nvidia_installed_is_left_alone(environment: Environment, capsys: Any, folder: str, name: str) -> None:
+    (environment.site / folder).mkdir()
     assert _refused(environment, capsys) == (
-        f"rtx_builder: TensorRT itself is installed in {environment.site}; an environment without it was expected, "
-        "since its bindings would be replaced. Use another environment."
+        f"rtx_builder: {name} is installed in {environment.site}; an environment without it was expected, since parts "
+        "of it would be replaced. Use another environment."
     )
     assert environment.log() == ["site"]
 
 
+@linux
+def test_the_compiler_may_have_arguments(environment: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "cc -Wall -Werror -Wno-unused-parameter")
+    assert environment.install() == 0
+
+
 def test_another_platform(environment: Environment, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    machine = os.uname().machine
-    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr("sysconfig.get_platform", lambda: "macosx-14-arm64")
     assert _refused(environment, capsys) == (
-        f"rtx_builder: found darwin on {machine}; the wheels exist for Linux on x86_64 only. Use such a machine."
+        "rtx_builder: found macosx-14-arm64; the wheels exist for linux-x86_64 only. Use such a machine."
     )
+    assert environment.log() == []
 
 
+@linux
 def test_no_such_python(tmp_path: Path, capsys: Any) -> None:
     missing = str(tmp_path / "python")
     assert rtx_builder.main(["--python", missing]) == 1
