@@ -580,6 +580,7 @@ class _Lane:
         self._inferred: OrderedDict[tuple[Any, ...], dict[str, Shape | None]] = OrderedDict()
         self._free: deque[_Slot] = deque()
         self._slots: list[_Slot] = []
+        self._streams: list[int] = []
         try:
             self.incoming, self.work, self.outgoing = (self._stream() for _ in range(3))
             # The streams wait for one another; whoever frees anything first waits for all.
@@ -604,12 +605,13 @@ class _Lane:
 
     def settle(self) -> None:
         """Wait for everything that was put on the lane."""
-        for stream in (self.incoming, self.work, self.outgoing):
+        for stream in self._streams:
             self._core.cuda.synchronize(stream)
 
     def _stream(self) -> int:
         stream = self._core.cuda.create_stream()
         self._stack.callback(self._core.cuda.destroy_stream, stream)
+        self._streams.append(stream)
         return stream
 
     def _context(self, profile: int) -> _Context:
@@ -704,12 +706,12 @@ class _Lane:
         key = (call.profile, call.shapes, call.values)
         found = self._inferred.get(key)
         if found is None:
-            context = self._contexts[call.profile]
-            context.set_shapes(call.shapes)
+            told = self._contexts[call.profile]
+            told.set_shapes(call.shapes)
             for name, _ in call.shapes:
                 if name in self._core.on_host:
-                    context.set_address(name, call.memory[name].address)
-            found = context.infer()
+                    told.set_address(name, call.memory[name].address)
+            found = told.infer()
             _remember(self._inferred, key, found, _MAX_SHAPES)
         else:
             self._inferred.move_to_end(key)
@@ -747,14 +749,14 @@ class _Lane:
         """Run the call in a context of its own, as TensorRT wants it before a capture, then capture it for next time."""
         cuda = self._core.cuda
         try:
-            context = self._context(call.profile)
+            own = self._context(call.profile)
         except BuildError as exc:
             self._give_up_graphs("there is no room for a context", exc)
             self._contexts[call.profile].enqueue(call, self.work)
             return
-        context.enqueue(call, self.work)
+        own.enqueue(call, self.work)
         try:
-            graph = _captured(cuda, self.work, lambda: context.enqueue(call, self.work))
+            graph = _captured(cuda, self.work, lambda: own.enqueue(call, self.work))
             try:
                 executable = cuda.instantiate(graph)
             finally:
@@ -762,7 +764,7 @@ class _Lane:
         except BuildError as exc:
             self._give_up_graphs("capturing failed", exc)
             return
-        for old, _ in _remember(self._graphs, key, (executable, context), _MAX_GRAPHS):
+        for old, _ in _remember(self._graphs, key, (executable, own), _MAX_GRAPHS):
             self.settle()
             cuda.destroy_executable(old)
 
@@ -851,6 +853,7 @@ class PlanRunner:
         self._lanes: list[_Lane] = []
         self._free: queue.LifoQueue[_Lane] = queue.LifoQueue()
         try:
+            cuda.use()
             for _ in range(max(1, contexts)):
                 self._lanes.append(_Lane(self._core))
         except BaseException:
@@ -890,8 +893,9 @@ class PlanRunner:
             with contextlib.ExitStack() as stack:
                 lane = stack.enter_context(self._lane())
                 slot = stack.enter_context(lane.slot())
-                start, end = cuda.create_event(timing=True), cuda.create_event(timing=True)
+                start = cuda.create_event(timing=True)
                 stack.callback(cuda.destroy_event, start)
+                end = cuda.create_event(timing=True)
                 stack.callback(cuda.destroy_event, end)
                 call = lane.prepare(profile, feeds, slot.memory)
                 lane.put(call, feeds, lane.work)
