@@ -16,6 +16,7 @@ import numpy as np
 
 from compiler import source
 from compiler.backends import machine
+from compiler.backends.feeds import FeedCheck
 from compiler.errors import BuildError
 from compiler.recipe import TensorRTSection
 from compiler.spec import (
@@ -28,7 +29,6 @@ from compiler.spec import (
     Progress,
     Runner,
     TensorSpec,
-    dtype_of,
     no_progress,
 )
 
@@ -168,7 +168,7 @@ def open_model(path: Path, *, threads: int = 0, optimize: bool = True) -> Runner
 
 
 class _SessionRunner:
-    """A session; its feeds are checked here, since the runtime's own messages do not name what was expected."""
+    """A session."""
 
     def __init__(
         self,
@@ -187,7 +187,7 @@ class _SessionRunner:
         self.inputs = _specs(self._session.get_inputs()) if inputs is None else inputs
         self.outputs = _specs(self._session.get_outputs()) if outputs is None else outputs
         self._names = [spec.name for spec in self.outputs]
-        self._dtypes = {spec.name: dtype_of(spec) for spec in self.inputs}
+        self._check = FeedCheck(path.name, self.inputs)
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
         self._check(feeds)
@@ -213,44 +213,6 @@ class _SessionRunner:
         except Exception as exc:
             raise _translated(self._path, exc) from exc
         return outputs
-
-    def _check(self, feeds: Feeds) -> None:
-        expected = [spec.name for spec in self.inputs]
-        if feeds.keys() != set(expected):
-            raise BuildError(
-                f"{self._path.name}: feeds named {_listed(feeds)}; {_listed(expected)} were expected. "
-                "Feed every input by its exact name."
-            )
-        sizes: dict[str, int] = {}
-        for spec in self.inputs:
-            value, before = feeds[spec.name], dict(sizes)
-            fits = isinstance(value, np.ndarray) and value.dtype == self._dtypes[spec.name]
-            if not fits or value.ndim != len(spec.shape) or not _shape_fits(spec, value.shape, sizes):
-                shape = "[" + ", ".join(str(dim) for dim in spec.shape) + "]"
-                known = "".join(f", {name} = {size}" for name, size in before.items() if name in spec.shape)
-                raise BuildError(
-                    f"{self._path.name}: input '{spec.name}': found {_described(value)}; {spec.dtype} {shape}{known} "
-                    "was expected. Convert it."
-                )
-
-
-def _shape_fits(spec: TensorSpec, shape: Sequence[int], sizes: dict[str, int]) -> bool:
-    """Whether sizes are those declared, and equal wherever one axis name occurs; new names are added to ``sizes``."""
-    for dim, size in zip(spec.shape, shape, strict=True):
-        if isinstance(dim, int) or dim in sizes:
-            if size != (dim if isinstance(dim, int) else sizes[dim]):
-                return False
-        elif dim != "?":
-            sizes[dim] = size
-    return True
-
-
-def _described(value: object) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
-
-
-def _listed(names: Sequence[str] | Feeds) -> str:
-    return ", ".join(f"'{name}'" for name in names) or "nothing"
 
 
 _WRONG_ON_FP8 = ("ReluQuantRewrite", "ClipQuantRewrite")
