@@ -159,7 +159,9 @@ def _suspects(
     pairs = {str(name): str(name) for name in products if name in values[1]}
     pairs |= {name: seen for name, seen in seen_as.items() if name in values[0]}
     files = []
-    for network, known, names, label in zip(networks, values, (pairs, pairs.values()), ("fp32", "int8"), strict=True):
+    for network, known, names, label in zip(
+        networks, values, (pairs, pairs.values()), ("original", "quantised"), strict=True
+    ):
         for name in dict.fromkeys(names):
             value = known[name]
             if not value.is_graph_input() and not value.is_graph_output():

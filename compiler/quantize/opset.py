@@ -20,13 +20,17 @@ CHANGED: Mapping[int, frozenset[str]] = {
 whose default is what they did before. Source: https://onnx.ai/onnx/operators/, their "Differences"."""
 
 
+_IR_VERSION: Mapping[int, int] = {13: 7, 19: 9, 21: 10, 22: 10}
+"""By opset: the IR version with which it came, which defines the types of its tensors."""
+
+
 def obstacle(model: ir.Model, wanted: int) -> str | None:
     """Why ``model`` cannot be declared to be of opset ``wanted``, in words; None where it can, or is."""
     opset = model.opset_imports.get("", 0)
     if opset >= wanted:
         return None
     if opset < OLDEST_RAISED:
-        return f"it can be raised from {OLDEST_RAISED} on"
+        return f"only {OLDEST_RAISED} or later can be raised"
     if model.functions:
         return "it has local functions, which have opsets of their own"
     changed = frozenset().union(*(CHANGED.get(version, ()) for version in range(opset + 1, wanted + 1)))
@@ -43,12 +47,14 @@ def require(model: ir.Model, wanted: int, what: str) -> list[str]:
         CalibrationError: it cannot be raised without changing what the model computes.
     """
     opset = model.opset_imports.get("", 0)
-    if opset >= wanted:
-        return []
-    if reason := obstacle(model, wanted):
+    reason = obstacle(model, wanted)
+    if reason is not None:
         raise CalibrationError(
             f"model: its opset is {opset}; {what} needs {wanted} or later, and {reason}. "
             "Export it again with a newer opset."
         )
+    model.ir_version = max(model.ir_version, _IR_VERSION[wanted])
+    if opset >= wanted:
+        return []
     model.opset_imports[""] = wanted
     return [f"opset raised from {opset} to {wanted}, the first that defines {what}"]

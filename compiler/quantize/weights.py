@@ -87,7 +87,7 @@ def convert(model: ir.Model, engine: EngineSection, section: QuantizeSection, ob
     keep = placement.match(graph, (*section.keep, *engine.keep))
     everything = _uses(graph)
     uses = _uses(graph, keep=keep)
-    tables = {use.weight for use in uses if _is_lookup(use)}
+    tables = {use.weight for use in uses if _is_lookup(use) and _reads_all(use.weight, uses)}
     forms = {use: form for use in uses if (form := _form(use, use.weight in tables, steps, engine.block)) is not None}
     layers = [use for use in forms if not _is_lookup(use)]
     possible = [use for use in everything if not _is_lookup(use)]
@@ -105,8 +105,8 @@ def convert(model: ir.Model, engine: EngineSection, section: QuantizeSection, ob
     notes += _notes_on_blocks(uses, forms, engine)
     if tables:
         heads = sum(use.weight in tables and forms[use].steps is INT8 for use in layers)
-        tied = f", and {heads} layers that share one" if heads else ""
-        notes.append(f"INT8 with a scale per row: {len(tables)} embedding tables{tied}")
+        tied = f" (layers that share one: {heads})" if heads else ""
+        notes.append(f"embedding tables in INT8, one scale per row: {len(tables)}{tied}")
     notes += _round(graph, forms, engine.rest)
     return Quantised(notes=(*notes, *raised), seen_as={}, observed=observed)
 
@@ -140,31 +140,16 @@ def _use(node: ir.Node, reader: Edge, rank: int, *, turned: bool) -> _Use:
 
 
 def _turned(node: ir.Node) -> ir.Node | None:
-    """The Transpose of a constant matrix that ``node`` multiplies by, if only products read it."""
-    activation, weight = node.inputs[:2]
+    """The Transpose of a constant matrix that ``node``, and nobody else, multiplies by."""
+    weight = node.inputs[1]
     transpose = weight.producer() if weight is not None else None
-    if (
-        transpose is None
-        or activation is None
-        or placement.is_constant(activation)
-        or transpose.graph is not node.graph
-    ):
+    if weight is None or transpose is None or node.inputs[0] is None or placement.is_constant(node.inputs[0]):
         return None
-    if transpose.domain != "" or transpose.op_type != "Transpose" or weight is None or weight.is_graph_output():
+    if transpose.domain != "" or transpose.op_type != "Transpose" or transpose.graph is not node.graph:
         return None
-    matrix = transpose.inputs[0]
-    if (
-        not placement.is_matrix(matrix)
-        or matrix is None
-        or matrix.const_value is None
-        or len(matrix.const_value.shape) != 2
-    ):
-        return None
-    permutation = transpose.attributes.get("perm")
-    if permutation is not None and tuple(permutation.as_ints()) != (1, 0):
-        return None
-    read = all(user.op_type in placement.PRODUCTS and index == 1 for user, index in weight.uses())
-    return transpose if read else None
+    order = transpose.attributes.get("perm")
+    turns = _shape(transpose.inputs[0]) is not None and (order is None or tuple(order.as_ints()) == (1, 0))
+    return transpose if turns and len(weight.uses()) == 1 and not weight.is_graph_output() else None
 
 
 def _looks_up(node: ir.Node) -> bool:
@@ -172,11 +157,19 @@ def _looks_up(node: ir.Node) -> bool:
     axis = node.attributes.get("axis")
     if node.op_type != "Gather" or (axis is not None and axis.as_int() not in (0, -2)):
         return False
-    table = node.inputs[0]
-    if not placement.is_matrix(table) or table is None or table.const_value is None:
-        return False
-    shape = table.const_value.numpy().shape
-    return len(shape) == 2 and shape[0] > TABLE_ROWS
+    shape = _shape(node.inputs[0])
+    return shape is not None and shape[0] > TABLE_ROWS
+
+
+def _shape(value: ir.Value | None) -> tuple[int, int] | None:
+    """The shape of a constant matrix; None of anything else."""
+    array = placement.constant(value) if placement.is_matrix(value) else None
+    return (array.shape[0], array.shape[1]) if array is not None and array.ndim == 2 else None
+
+
+def _reads_all(weight: ir.Value, uses: Iterable[_Use]) -> bool:
+    """Whether ``uses`` are all that read ``weight``: a table of which others need the floats grows if it is rounded."""
+    return set(weight.uses()) <= {use.reader for use in uses} and not weight.is_graph_output()
 
 
 def _is_lookup(use: _Use) -> bool:
@@ -187,6 +180,8 @@ def _form(use: _Use, in_table: bool, steps: Steps, block: int) -> _Form | None:
     """How what ``use`` reads is to be stored; None where it keeps its precision."""
     if in_table and use.channels == 0:
         return _Form(steps=INT8, axis=0)
+    if _is_lookup(use):
+        return None
     if steps is not INT4:
         return _Form(steps=steps, axis=use.channels)
     if use.summed is None:

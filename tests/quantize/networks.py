@@ -54,10 +54,16 @@ class Net:
         return self.op("Add", [self.op("MatMul", [x, weight], f"{output}_product"), bias], output)
 
     def model(
-        self, inputs: Mapping[str, Sequence[Dim]], outputs: Mapping[str, Sequence[Dim]], opset: int = 20
+        self,
+        inputs: Mapping[str, Sequence[Dim]],
+        outputs: Mapping[str, Sequence[Dim]],
+        opset: int = 20,
+        *,
+        integers: Sequence[str] = (),
     ) -> onnx.ModelProto:
         def infos(specs: Mapping[str, Sequence[Dim]]) -> list[onnx.ValueInfoProto]:
-            return [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in specs.items()]
+            types = {name: TensorProto.INT64 if name in integers else TensorProto.FLOAT for name in specs}
+            return [helper.make_tensor_value_info(name, types[name], shape) for name, shape in specs.items()]
 
         graph = helper.make_graph(self.nodes, "net", infos(inputs), infos(outputs), self.weights)
         proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
@@ -162,3 +168,27 @@ def masked_samples(count: int, width: int = 32, positions: int = 16, seed: int =
         x = random.normal(size=(1, positions, width)).astype(np.float32)
         samples.append({"x": x, "mask": mask[None]})
     return samples
+
+
+def embedding(rows: int = 1100, width: int = 32, *, head: str = "none", classes: int = 16) -> onnx.ModelProto:
+    """Rows of a table, a Relu and a head: ids [batch, 5] -> y [batch, 5, classes], or [batch, 5, rows] with a head that
+    multiplies by the table itself, as "transpose" and MatMul; or, over the sum of the positions, [batch, rows], as "gemm".
+    """
+    net = Net(4)
+    table = net.normal("table", rows, width)
+    x = net.op("Relu", [net.op("Gather", [table, "ids"], "rows")], "hidden")
+    x = net.op("MatMul", [x, net.normal("w", width, width, fan_in=width)], "mixed")
+    if head == "none":
+        net.op("MatMul", [x, net.normal("h", width, classes, fan_in=width)], "y")
+        return net.model({"ids": ["batch", 5]}, {"y": ["batch", 5, classes]}, integers=["ids"])
+    if head == "transpose":
+        net.op("MatMul", [x, net.op("Transpose", [table], "turned", perm=[1, 0])], "y")
+        return net.model({"ids": ["batch", 5]}, {"y": ["batch", 5, rows]}, integers=["ids"])
+    summed = net.op("ReduceSum", [x, net.weight("axes", np.array([1]))], "summed", keepdims=0)
+    net.op("Gemm", [summed, table, net.normal("b", rows, fan_in=100)], "y", transB=1)
+    return net.model({"ids": ["batch", 5]}, {"y": ["batch", rows]}, integers=["ids"])
+
+
+def id_samples(count: int, rows: int = 1100, seed: int = 7) -> list[dict[str, Array]]:
+    random = np.random.default_rng(seed)
+    return [{"ids": random.integers(0, rows, size=(1, 5))} for _ in range(count)]

@@ -29,6 +29,39 @@ def round_weight(values: Array, axis: int | None) -> Array:
     return round_to(np.maximum(peak, 1e-30) / 127, values)
 
 
+def e4m3(values: Array) -> Array:
+    """The nearest numbers of 4 bits of exponent (bias 7) and 3 of mantissa, ties to even, at most 448."""
+    size = np.abs(values)
+    exponent = np.clip(np.floor(np.log2(np.where(size > 0, size, 1))), -6, 8)
+    step = 2.0 ** (exponent - 3)
+    rounded: Array = np.sign(values) * np.minimum(np.rint(size / step) * step, 448)
+    return rounded
+
+
+def round_fp8(scale: Array | float, values: Array) -> Array:
+    """Symmetric FP8; ``scale`` broadcasts."""
+    return e4m3(values / scale) * scale
+
+
+def round_weight_fp8(values: Array, axis: int | None) -> Array:
+    """With the largest magnitude of each channel as 448."""
+    others = tuple(i for i in range(values.ndim) if i != axis)
+    peak = np.abs(values).max(axis=others if axis is not None else None, keepdims=axis is not None)
+    return round_fp8(np.maximum(peak, 1e-30) / 448, values)
+
+
+def int4_of(packed: bytes, shape: tuple[int, ...]) -> Array:
+    """Signed numbers of four bits, the first of each pair in the lower half of its byte."""
+    bytes_ = np.frombuffer(packed, np.uint8)
+    halves = np.stack([bytes_ & 15, bytes_ >> 4], axis=1).reshape(-1).astype(np.int64)
+    return np.where(halves > 7, halves - 16, halves)[: int(np.prod(shape))].reshape(shape)
+
+
+def spread(scale: Array, axis: int, block: int) -> Array:
+    """A scale per block as one per weight."""
+    return np.repeat(scale, block, axis=axis)
+
+
 def run(
     proto: onnx.ModelProto,
     feeds: Mapping[str, Array],
@@ -42,7 +75,7 @@ def run(
     Args:
         made: applied to each tensor as it is made; all consumers read what it returns.
         read: applied to the first input of each Conv, Gemm or MatMul whose second is constant.
-        weight: applied to that second input.
+        weight: applied to that second input, and to a constant of which rows are looked up or that is transposed.
     """
     constants = {w.name: numpy_helper.to_array(w) for w in proto.graph.initializer}
     values: dict[str, Array] = {
@@ -53,6 +86,8 @@ def run(
         inputs = [values[name] for name in node.input]
         if node.op_type in ("Conv", "Gemm", "MatMul") and node.input[1] in constants:
             inputs[:2] = read(node.input[0], inputs[0]), weight(node, inputs[1])
+        elif node.op_type in ("Gather", "Transpose") and node.input[0] in constants:
+            inputs[0] = weight(node, inputs[0])
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         values[node.output[0]] = made(node.output[0], _OPS[node.op_type](*inputs, **attributes))
     return values
@@ -105,6 +140,7 @@ _OPS: dict[str, Callable[..., Any]] = {
     "Clip": np.clip,
     "Conv": _conv,
     "Flatten": lambda x: x.reshape(x.shape[0], -1),
+    "Gather": lambda x, rows: x[rows.astype(int)],
     "Gelu": lambda x: x * (1 + np.vectorize(erf)(x / np.sqrt(2))) / 2,
     "Gemm": lambda x, w, b, transB=0: x @ (w.T if transB else w) + b,
     "GlobalAveragePool": lambda x: x.mean(axis=(2, 3), keepdims=True),
@@ -112,6 +148,7 @@ _OPS: dict[str, Callable[..., Any]] = {
     "MatMul": np.matmul,
     "MaxPool": _pool,
     "Mul": np.multiply,
+    "ReduceSum": lambda x, axes, keepdims: x.sum(tuple(int(axis) for axis in axes), keepdims=bool(keepdims)),
     "Relu": lambda x: np.maximum(x, 0),
     "Reshape": _reshape,
     "Softmax": _softmax,

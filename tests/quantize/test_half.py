@@ -591,6 +591,37 @@ def test_scales_stay_fp32_where_the_opset_or_their_size_forbids_half(opset: int,
     np.testing.assert_allclose(run(made, feeds)[0], expected, atol=0.02 * np.abs(expected).max())
 
 
+def test_a_small_scale_that_half_holds_exactly_becomes_half() -> None:
+    made, _ = convert(rounded(21, scale=2.0**-17), statistics={})
+    assert set(precisions(made).values()) == {"fp16"}
+    assert weight(made, "sx") == np.float16(2.0**-17)
+
+
+@pytest.mark.parametrize("to", [FP16, BF16])
+@pytest.mark.parametrize("dtype", [ml_dtypes.int4, ml_dtypes.float8_e4m3fn])
+def test_weights_of_few_bits_stay_and_what_they_become_is_half(dtype: type, to: Precision) -> None:
+    net = Net()
+    steps = net.weight("w", np.arange(-8, 8).reshape(4, 4).astype(dtype))
+    scale = net.weight("s", np.full((4,), 0.125, np.float32))
+    net.op("MatMul", ["x", net.op("DequantizeLinear", [steps, scale], "dw", axis=1)], "y")
+    proto = net.model({"x": ["batch", 4]}, {"y": ["batch", 4]}, opset=21)
+    made, notes = convert(proto, to, statistics={})
+    assert set(precisions(made).values()) == {to.value}
+    assert weight(made, "w").dtype == dtype
+    assert weight(made, "w").tolist() == np.arange(-8, 8).reshape(4, 4).astype(dtype).tolist()
+    assert notes[0] == f"{to.value.upper()}: 2 of 2 operators on FP32 values"
+
+
+def test_a_transposed_convolution_stays_fp32_in_bf16() -> None:
+    net = Net()
+    net.op("Relu", [net.op("ConvTranspose", ["x", net.normal("w", 3, 2, 2, 2)], "t")], "y")
+    proto = net.model({"x": ["batch", 3, 4, 4]}, {"y": ["batch", 2, 5, 5]})
+    made, notes = convert(proto, BF16, statistics={})
+    assert precisions(made) == {"node_t": "fp32", "node_y": "bf16"}
+    assert notes[0] == ("BF16: 1 of 2 operators on FP32 values; FP32 stay 1 that TensorRT does not build in BF16")
+    assert set(precisions(convert(proto, FP16, statistics={})[0]).values()) == {"fp16"}
+
+
 # --- every operator -------------------------------------------------------------------------------------------------
 
 
