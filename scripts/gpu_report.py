@@ -1,18 +1,18 @@
 """Measure engines and PyTorch on this machine's GPU, and name what could not be measured.
 
-    scripts/gpu_report [RECIPE ...] --output results.json [--artifact dist/NAME ...] [--only rtx,ceilings,recipes,energy]
+    scripts/gpu_report [RECIPE ...] --output results.json [--artifact dist/NAME ...] [--only rtx,recipes] [--limit-s 540]
     scripts/gpu_report --render results.json
 
-In this order: does a TensorRT engine load and run here at all (``rtx``); what memory and arithmetic this card really gives
-(``ceilings``); each recipe's original in eager PyTorch and `torch.compile`, in FP32, TF32, FP16 and BF16, with and without
-CUDA graphs, and the engines of an artifact, interleaved (``recipes``); their joules per inference (``energy``). What the
-machine lacks becomes ``{"missing": "<reason>"}`` in its place, and the rest goes on.
+In this order: does a TensorRT engine load and run here at all (``rtx``); what memory and arithmetic this card really
+gives (``ceilings``); each recipe's original in eager PyTorch and `torch.compile`, in FP32, TF32, FP16 and BF16, with and
+without CUDA graphs, and the engines of an artifact, interleaved (``recipes``); their joules per inference (``energy``).
+What the machine lacks becomes ``{"missing": "<reason>"}`` in its place, and the rest goes on.
 
-Why a child process for every part: native code crashes, hangs and poisons its CUDA context. A child that dies costs what it
-was measuring; this process loads nothing but the standard library, and writes the file anew whenever a child reports.
+Why a child process for every part: native code crashes, hangs and poisons its CUDA context. A child that dies costs what
+it was measuring; this process loads nothing but the standard library, and writes the file anew whenever a child reports.
 
-Why cuDNN's benchmark mode, and eager and compiled PyTorch each in four precisions: an engine is to be compared with the best
-that PyTorch does, not with its defaults.
+Why cuDNN's benchmark mode, and eager and compiled PyTorch each in four precisions: an engine is to be compared with the
+best that PyTorch does, not with its defaults.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ import datetime
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import math
 import os
 import platform
-import queue
+import select
 import shlex
 import signal
 import statistics
@@ -78,6 +79,9 @@ PACKAGES: Mapping[str, tuple[str, ...]] = {
     "transformers": ("transformers",),
 }
 """What is looked for -> the distributions that bring it."""
+
+NEEDED = ("numpy", "msgspec", "tomli", "torch", "onnx", "onnx_ir", "safetensors")
+"""Without any of these no recipe can be measured; its model file may need more."""
 
 Json: TypeAlias = dict[str, Any]
 Emit: TypeAlias = Callable[[Json], None]
@@ -275,8 +279,8 @@ class Power:
 def counter_power(readings: Sequence[Json], start_s: float, end_s: float) -> Power:
     """Mean power by the energy counter, from its first change in the window to its last.
 
-    Why not the difference between the window's ends: the counter moves in steps of up to 0.1 s; between two of its own steps
-    only the polling interval is unsure.
+    Why not the difference between the window's ends: the counter moves in steps of up to 0.1 s; between two of its own
+    steps only the polling interval is unsure.
 
     Raises:
         MissingError: there is no counter, or the window is too short for its steps.
@@ -287,15 +291,15 @@ def counter_power(readings: Sequence[Json], start_s: float, end_s: float) -> Pow
     steps = [(at, joules, at - before) for (before, old), (at, joules) in itertools.pairwise(seen) if joules > old]
     if len(steps) < MIN_STEPS:
         raise MissingError(
-            f"the window of {end_s - start_s:.2f} s is too short for the energy counter: it moved {len(steps)} times, and "
-            f"{MIN_STEPS} are needed"
+            f"the window of {end_s - start_s:.2f} s is too short for the energy counter: it moved {len(steps)} times, "
+            f"and {MIN_STEPS} are needed"
         )
     span_s = steps[-1][0] - steps[0][0]
     error = (steps[0][2] + steps[-1][2]) / span_s
     if error > MAX_ERROR:
         raise MissingError(
-            f"the window of {end_s - start_s:.2f} s is too short for how often the energy counter was read: its ends are "
-            f"unsure by {error:.0%}, and {MAX_ERROR:.0%} is allowed"
+            f"the window of {end_s - start_s:.2f} s is too short for how often the energy counter was read: its ends "
+            f"are unsure by {error:.0%}, and {MAX_ERROR:.0%} is allowed"
         )
     return Power(watts=(steps[-1][1] - steps[0][1]) / span_s, source="energy counter", error_share=error)
 
@@ -691,9 +695,8 @@ def gpu_facts(nvml: Any, handle: Any) -> Json:
         "ecc": lambda: bool(nvml.nvmlDeviceGetEccMode(handle)[0]),
         "mig": lambda: bool(nvml.nvmlDeviceGetMigMode(handle)[0]),
         "persistence": lambda: bool(nvml.nvmlDeviceGetPersistenceMode(handle)),
-        "other_processes": lambda: len(
-            [one for one in nvml.nvmlDeviceGetComputeRunningProcesses(handle) if one.pid != os.getpid()]
-        ),
+        # Its own among them; in a container their numbers are another's, so that it cannot be told apart.
+        "compute_processes": lambda: len(nvml.nvmlDeviceGetComputeRunningProcesses(handle)),
     }
     found = {name: guarded(ask) for name, ask in questions.items()}
     gauge = Gauge(nvml, handle)
@@ -855,8 +858,8 @@ def try_flavour(
 ) -> None:
     """Build a tiny engine, load it, run it, compare it with numpy.
 
-    Every step that was begun is in ``steps``, so that a crash leaves its place; ``log`` holds the library's own lines word
-    by word, the verbose ones from loading on.
+    Every step that was begun is in ``steps``, so that a crash leaves its place; ``log`` holds the library's own lines
+    word by word, the verbose ones from loading on.
     """
     found: Json = {"steps": [], "log": [], "worked": False}
     log: list[Json] = found["log"]
@@ -958,8 +961,8 @@ def rtx_answer(flavours: Mapping[str, Json]) -> str:
     for flavour, found in flavours.items():
         if found.get("worked"):
             lines.append(
-                f"{flavour} {found['version']}: yes: an engine of {found['plan_bytes']} bytes was built, loaded and run, and "
-                f"differs from numpy by {found['max_abs_diff']:g}"
+                f"{flavour} {found['version']}: yes: an engine of {found['plan_bytes']} bytes was built, loaded and run, "
+                f"and differs from numpy by {found['max_abs_diff']:g}"
             )
         else:
             version = f" {found['version']}" if "version" in found else ""
@@ -979,7 +982,7 @@ CEILING_CALLS = (5, 50)
 
 
 def set_precision(torch: Any, precision: str) -> None:
-    """Let FP32 products use TF32, or not. The older switches: torch.compile reads them, and torch refuses a mix of both."""
+    """Let FP32 products use TF32, or not. By the older switches: torch.compile reads those, and a mix is refused."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
@@ -1161,8 +1164,8 @@ def _memcpy_times(runtime: Any, target: int, source: int, size: int, kind: Any, 
 
 BOUNDARIES: Mapping[str, str] = {
     "host": "one synchronised call, from arrays in host memory to arrays in host memory, copies and casts included",
-    "device": "one call by CUDA events, inputs and outputs in device memory, casts of half precision included; calls follow "
-    "one another without a pause",
+    "device": "one call by CUDA events, inputs and outputs in device memory, casts of half precision included; calls "
+    "follow one another without a pause",
 }
 BLOCKS = 20
 BLOCK_MS = 10.0
@@ -1266,7 +1269,7 @@ class TorchRunner:
         return {name: value.cpu().numpy() for name, value in zip(self._names, outputs, strict=True)}
 
     def _capture(self) -> None:
-        """Source: https://docs.pytorch.org/docs/stable/notes/cuda.html, "CUDA Graphs": warm up on a side stream first."""
+        """Source: https://docs.pytorch.org/docs/stable/notes/cuda.html, "CUDA Graphs": a side stream warms up first."""
         cuda = self._torch.cuda
         set_precision(self._torch, self._precision)
         side = cuda.Stream()
@@ -1339,7 +1342,7 @@ def torch_candidates(
 
     Args:
         torch: the module.
-        models: by precision; ``"fp32"`` must be there, on the GPU, and the others are made from it when they are asked for.
+        models: by precision; ``"fp32"`` must be there, on the GPU, and the others are made from it when they are needed.
         feeds: of the shapes to run.
         names: of the outputs.
         work: see `torch_work`.
@@ -1378,8 +1381,8 @@ def torch_work(torch: Any, model: Any, feeds: Mapping[str, Any]) -> Json:
     """What one call of the FP32 model takes at least.
 
     Returns:
-        ``flops``, counted by torch; ``float_elements``, of all parameters and buffers, but of an embedding only the rows
-        that were looked up; ``io_bytes``, of inputs and outputs as the host sees them.
+        ``flops``, counted by torch; ``float_elements``, of all parameters and buffers, but of an embedding only the
+        rows that were looked up; ``io_bytes``, of inputs and outputs as the host sees them.
     """
     counter = module("torch.utils.flop_counter").FlopCounterMode(display=False)
     looked_up: dict[int, int] = {}
@@ -1635,19 +1638,21 @@ def _measure_energies(
     refusal = None if isinstance(gauge, Gauge) else gauge["missing"]
     if not wanted:
         refusal = "not asked for (--only)"
-    idle: Json = {} if refusal else guarded(lambda: measure_idle(gauge))
+
+    def too_late() -> str | None:
+        return "the limit was reached before it began" if deadline.left() < SETTLE_S + WINDOW_S else None
+
+    refusal = refusal or too_late()
     if refusal is None:
-        found["idle"] = idle
+        found["idle"] = guarded(lambda: measure_idle(gauge))
     for candidate, entry in ready:
         clock = getattr(candidate.runner, "time_device", candidate.runner.time)
-        if refusal is None and deadline.left() < SETTLE_S + WINDOW_S:
-            refusal = "the limit was reached before it began"
+        refusal = refusal or too_late()
         if refusal is not None:
             entry["energy"] = {"missing": refusal}
             continue
-        entry["energy"] = guarded(
-            lambda clock=clock: measure_energy(lambda n: clock(feeds, n), found["batch"], gauge, idle)  # type: ignore[misc]
-        )
+        call = functools.partial(clock, feeds)
+        entry["energy"] = guarded(functools.partial(measure_energy, call, found["batch"], gauge, found["idle"]))
         emit()
 
 
@@ -1669,8 +1674,7 @@ def recipe_part(job: Json, emit: Emit) -> None:
 
 
 def _measure_recipe(path: Path, job: Json, entry: Json, deadline: Deadline, emit: Callable[[], None]) -> None:
-    for needed in ("numpy", "msgspec", "tomli"):
-        module(needed)
+    check_installed(NEEDED)
     from compiler import recipe as recipes
     from compiler import source
 
@@ -1708,6 +1712,15 @@ def _measure_recipe(path: Path, job: Json, entry: Json, deadline: Deadline, emit
         except Exception as exc:
             found["missing"] = reason(exc)
         emit()
+
+
+def check_installed(names: Sequence[str]) -> None:
+    """
+    Raises:
+        MissingError: naming every package that is not installed.
+    """
+    if lacking := [name for name in names if importlib.util.find_spec(name) is None]:
+        raise MissingError(f"not installed, and needed for a recipe: {', '.join(lacking)}")
 
 
 def manifests_of(recipe_name: str, artifacts: Sequence[str], entry: Json) -> list[Any]:
@@ -1825,7 +1838,8 @@ def run_child(job: Json, limit_s: float, on_value: Emit, *, command: Sequence[st
     reader, writer = os.pipe()
     job = job | {"limit_s": limit_s * 0.95}
     command = command or [sys.executable, str(Path(__file__).resolve())]
-    with tempfile.TemporaryFile() as printed, os.fdopen(reader, "r") as lines:
+    done, late = False, False
+    with tempfile.TemporaryFile() as printed:
         child = subprocess.Popen(
             [*command, "--child", json.dumps(job), "--pipe", str(writer)],
             stdin=subprocess.DEVNULL,
@@ -1835,32 +1849,20 @@ def run_child(job: Json, limit_s: float, on_value: Emit, *, command: Sequence[st
             cwd=ROOT,
         )
         os.close(writer)
-        told: queue.Queue[str | None] = queue.Queue()
-
-        def listen() -> None:
-            for line in lines:
-                told.put(line)
-            told.put(None)
-
-        listener = threading.Thread(target=listen, daemon=True)
-        listener.start()
-        done, late = False, False
-        end = time.monotonic() + limit_s
         try:
-            while (message := _next(told, child, end)) is not None:
-                report = json.loads(message)
+            for line in _lines(reader, child, time.monotonic() + limit_s):
+                report = json.loads(line)
                 done = done or "done" in report
                 if "value" in report:
                     on_value(report["value"])
         except TimeoutError:
             late = True
         finally:
-            if not done and child.poll() is None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    child.wait(0 if late else 5)
+            os.close(reader)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(0 if late else 5)
             if child.poll() is None:
                 _end(child)
-            listener.join(5)
         if done:
             return None
         if late:
@@ -1870,15 +1872,25 @@ def run_child(job: Json, limit_s: float, on_value: Emit, *, command: Sequence[st
         return f"its process ended with {_ending(child.returncode)}" + (": " + " | ".join(words) if words else "")
 
 
-def _next(told: queue.Queue[str | None], child: subprocess.Popen[bytes], end: float) -> str | None:
-    """The child's next line, None after its last one. A grandchild may hold the pipe open longer than the child lives."""
+def _lines(reader: int, child: subprocess.Popen[bytes], end: float) -> Iterator[bytes]:
+    """What the child writes until it ends; a grandchild may hold the pipe open for longer.
+
+    Raises:
+        TimeoutError: at ``end``, by the monotonic clock.
+    """
+    rest = b""
     while True:
         ended = child.poll() is not None
-        with contextlib.suppress(queue.Empty):
-            return told.get(timeout=min(0.5, max(0.01, end - time.monotonic())))
-        if ended:
-            return None
-        if time.monotonic() >= end:
+        left = end - time.monotonic()
+        if select.select([reader], [], [], 0 if ended else max(0.0, min(0.5, left)))[0]:
+            chunk = os.read(reader, 1 << 20)
+            if not chunk:
+                return
+            *lines, rest = (rest + chunk).split(b"\n")
+            yield from lines
+        elif ended:
+            return
+        elif left <= 0:
             raise TimeoutError
 
 

@@ -94,7 +94,7 @@ def _machine_line(machine: Mapping[str, Any]) -> str:
         ("ECC {}", _switch(_of(machine, "gpu", "ecc"))),
         ("MIG {}", _switch(_of(machine, "gpu", "mig"))),
         ("persistence mode {}", _switch(_of(machine, "gpu", "persistence"))),
-        ("other processes on it: {}", _of(machine, "gpu", "other_processes")),
+        ("compute processes: {}", _of(machine, "gpu", "compute_processes")),
         ("Python {}", _of(machine, "python")),
         *((f"{name} {{}}", _of(machine, "packages", name)) for name in _of(machine, "packages") or ()),
         ("{}", _of(machine, "os")),
@@ -280,7 +280,7 @@ def _boundary(name: str, found: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"{name}: there is no control; noise is not known"
         if control is None
-        else f"{name}: eager FP32 against itself is unsure by {control['ratio_width']:.1%}; what differs by less does not differ"
+        else f"{name}: eager FP32 against itself is unsure by {control['ratio_width']:.1%}; less is no difference"
     )
     if "missing" not in found["conditions"]:
         yield f"{name}: {_told(found['conditions'])}"
@@ -290,8 +290,8 @@ def _boundary(name: str, found: Mapping[str, Any]) -> Iterator[str]:
 def _idle(idle: Mapping[str, Any]) -> Iterator[str]:
     if "watts" in idle:
         yield (
-            f"energy: back-to-back calls, inputs and outputs in device memory; {idle['watts']:.0f} W with nothing to do, by the "
-            f"{idle['source']}; the GPU alone, not its host"
+            f"energy: back-to-back calls, inputs and outputs in device memory; {idle['watts']:.0f} W with nothing to do, "
+            f"by the {idle['source']}; the GPU alone, not its host"
         )
 
 
