@@ -49,8 +49,8 @@ def load(
     def open_verified() -> Runner:
         chosen = artifact.choose(path, artifact.verify(path), engine, allow_failed=allow_failed)
         backend = backends.get(chosen.backend)
-        if reason := backend.unavailable():
-            raise BackendUnavailableError(f"{chosen.path}: engine '{chosen.name}' needs {chosen.backend}: {reason}")
+        if reason := backend.cannot_run():
+            raise BackendUnavailableError(f"{chosen.path}: engine '{chosen.name}' needs {chosen.backend}: {reason}.")
         artifact.check_platform(chosen, backend.platform())
         return backend.open(chosen, threads=threads)
 

@@ -120,9 +120,9 @@ class QuantizeSection(_Section, frozen=True, kw_only=True):
     """Fewer calibration samples than this are an error."""
     percentile: Annotated[float, Meta(gt=50, le=100)] = 99.99
     keep: tuple[str, ...] = ()
-    """As ``engines.keep``, for every INT8 engine."""
+    """As ``engines.keep``, for every INT8, FP8 and INT4 engine."""
     min_sqnr_db: float = 10.0
-    """An INT8 model whose outputs on calibration samples fall below this is refused as broken, before it is built."""
+    """An INT8, FP8 or INT4 model whose outputs on calibration samples fall below this is refused as broken, before it is built."""
 
 
 class LatencySection(_Section, frozen=True, kw_only=True):

@@ -165,6 +165,8 @@ class PrecisionProof:
     departures: tuple[Departure, ...] = ()
     weight_bytes: int | None = None
     """What the builder says the engine's weights take."""
+    weight_bytes_alone: int | None = None
+    """The same with one of several profiles alone, where all together took more: some weights are then stored per profile."""
     expected_weight_bytes: int | None = None
     """What the model's weights take in the types in which the model stores them."""
 

@@ -916,7 +916,7 @@ def test_importing_the_package_loads_nothing_but_the_standard_library() -> None:
 def test_load_names_the_back_end_that_cannot_be_used(loadable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from compiler.backends import onnxruntime
 
-    monkeypatch.setattr(onnxruntime, "unavailable", lambda: "it is not installed. Install it.")
+    monkeypatch.setattr(onnxruntime, "cannot_run", lambda: "it is not installed. Install it")
     with pytest.raises(BackendUnavailableError) as caught:
         compiler.load(loadable)
     assert caught.value.message == (

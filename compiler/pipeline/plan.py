@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 
 from compiler import backends, codec, source
-from compiler.recipe import EngineSection, Recipe, TensorRTSection
+from compiler.recipe import QUANTIZED, EngineSection, Recipe, TensorRTSection
 from compiler.spec import DataSets, Engine, Interface, Latencies, OnnxModel, Outputs, Precision, Scores, Statistics
 
 STAND_IN = "onnxruntime"
@@ -278,9 +278,12 @@ def usable_threads() -> int:
 def _quantize_section(recipe: Recipe, engine: EngineSection) -> Mapping[str, Any]:
     """The keys of ``[quantize]`` that this engine's numbers depend on."""
     section: dict[str, Any] = msgspec.to_builtins(recipe.quantize)
-    if engine.precision is not Precision.INT8:
+    if engine.precision not in QUANTIZED:
         return {}
-    if recipe.quantize.method != "percentile":
+    ranged = engine.precision is Precision.INT8 and not engine.weights_only  # others take the whole range, or none
+    if not ranged:
+        del section["method"]
+    if not ranged or recipe.quantize.method != "percentile":
         del section["percentile"]
     return section
 

@@ -347,11 +347,11 @@ def inspect(model: Path) -> Interface:
         folder.mkdir()
         base = model.absolute().parent
         job = _job(step, recipe, base, {}, folder, caches=store.root / CACHES, threads=usable_threads())
-        _run_child(step, job, store.log_path("inspect"), _Unwatched())
+        _run_child(step, job, store.log_path("inspect"), Unwatched())
         return codec.load((folder / RESULT).read_bytes(), Interface, folder)
 
 
-class _Unwatched:
+class Unwatched:
     """A `Watcher` for a step that nobody needs to see."""
 
     def started(self, step: Step) -> None: ...

@@ -228,7 +228,7 @@ def conclude(recipe: recipes.Recipe, plan: plans.Plan, finished: Any, options: O
         out.print(f"warning: the report could not be written: {lost.message}", style="yellow")
         return code
     if any(score.stand_in for score in scores.values()):
-        todo = f"To complete the evidence, on the target: build-engine verify {folder} --recipe {recipe.name}.toml"
+        todo = f"To complete the evidence, on the target: build-engine verify {folder} --recipe RECIPE"
         if not recipe.tensorrt.ahead_of_time:
             todo += "\nTo leave that to the target and pass here: [tensorrt] ahead_of_time = true"
         out.print(f"\n{todo}")

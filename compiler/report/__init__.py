@@ -278,6 +278,8 @@ def _engine_lines(engine: Mapping[str, Any]) -> list[str]:
         read = f"precision read from: {proof['method']}"
         if proof["weight_bytes"] is not None:
             read += f"; weights take {proof['weight_bytes']:,} bytes, {proof['expected_weight_bytes']:,} in the model"
+        if proof["weight_bytes_alone"] is not None:
+            read += f", {proof['weight_bytes_alone']:,} with one profile alone: some are stored once per profile"
         notes.append(read)
     return [lead, *(f"  - {_escape(note)}" for note in notes)]
 

@@ -44,19 +44,11 @@ class TensorRT:
     PRECISIONS: frozenset[Precision] = frozenset(Precision)
 
     def unavailable(self) -> str | None:
-        if importlib.util.find_spec(self.module) is None:
-            return self._how_to_install()
-        if self.NAME == options.RTX:
-            return None
-        version = importlib.metadata.version("tensorrt")
-        if int(version.split(".")[0]) < OLDEST:
-            return (
-                f"TensorRT {version} is installed; {OLDEST} or later was expected: up to 10 the builder may leave the "
-                f"precision of a layer as it likes, from {OLDEST} on the graph decides. Install tensorrt>={OLDEST}"
-            )
-        return self.cannot_run()
+        return self._not_installed() if self.NAME == options.RTX else self.cannot_run()
 
     def cannot_run(self) -> str | None:
+        if reason := self._not_installed():
+            return reason
         gpu = machine.gpu()
         if gpu is None:
             return "no NVIDIA GPU was found on this machine (nvidia-smi lists none)"
@@ -124,11 +116,16 @@ class TensorRT:
             flavour=self.NAME,
             section=section,
             timings=TimingCache(caches, self.fingerprint()) if keeps_timings and caches is not None else None,
+            stored_bytes=stored_bytes,
             out_dir=out_dir,
             progress=progress,
         )
         proof = precision.prove_network(
-            wanted, built.layers, weight_bytes=built.weight_bytes, expected_weight_bytes=stored_bytes
+            wanted,
+            built.layers,
+            weight_bytes=built.weight_bytes,
+            weight_bytes_alone=built.weight_bytes_alone,
+            expected_weight_bytes=stored_bytes,
         )
         engine = Engine(
             name=name,
@@ -180,13 +177,26 @@ class TensorRT:
     def _installed(self) -> dict[str, str]:
         return dict(source.versions(self.packages))
 
-    def _how_to_install(self) -> str:
+    def _not_installed(self) -> str | None:
+        found = importlib.util.find_spec(self.module) is not None
         if self.NAME == options.RTX:
             return (
-                "the Python package 'tensorrt_rtx' is not installed. On Linux x86-64 'python scripts/rtx_builder.py' "
-                "installs a builder that needs no GPU; for an RTX card, install TensorRT for RTX from NVIDIA"
+                None
+                if found
+                else (
+                    "the Python package 'tensorrt_rtx' is not installed. On Linux x86-64 'python scripts/rtx_builder.py' "
+                    "installs a builder that needs no GPU; for an RTX card, install TensorRT for RTX from NVIDIA"
+                )
             )
-        return f"the Python package 'tensorrt' is not installed; it comes from NVIDIA: {_INSTALL}"
+        if not found:
+            return f"the Python package 'tensorrt' is not installed; it comes from NVIDIA: {_INSTALL}"
+        version = importlib.metadata.version("tensorrt")
+        if int(version.split(".")[0]) >= OLDEST:
+            return None
+        return (
+            f"TensorRT {version} is installed; {OLDEST} or later was expected: up to 10 the builder may leave the "
+            f"precision of a layer as it likes, from {OLDEST} on the graph decides. Install tensorrt>={OLDEST}"
+        )
 
 
 def _check_probe(model: OnnxModel, where: str) -> None:

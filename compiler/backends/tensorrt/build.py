@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from compiler.backends.tensorrt.log import BUILDER_LOG, BuildLog, shorten
 from compiler.backends.tensorrt.options import RTX
-from compiler.backends.tensorrt.precision import NetworkLayer, NetworkTensor
+from compiler.backends.tensorrt.precision import NetworkLayer, NetworkTensor, widened
 from compiler.backends.tensorrt.timing_cache import TimingCache
 from compiler.errors import BuildError
 from compiler.recipe import TensorRTSection
-from compiler.spec import DimRange, OnnxModel, Progress
+from compiler.spec import DimRange, OnnxModel, Progress, no_progress
 
 if TYPE_CHECKING:
     import tensorrt
@@ -65,6 +65,9 @@ class Built:
     plan: Path
     layers: tuple[NetworkLayer, ...]
     weight_bytes: int | None
+    """What the builder says that the weights take."""
+    weight_bytes_alone: int | None
+    """The most that they take with one of several profiles alone, where they took more than was expected with all."""
     options: Mapping[str, str]
     """What was asked of the builder, as read back from its configuration."""
     warnings: tuple[str, ...]
@@ -77,6 +80,7 @@ def build(
     flavour: str,
     section: TensorRTSection,
     timings: TimingCache | None,
+    stored_bytes: int,
     out_dir: Path,
     progress: Progress,
 ) -> Built:
@@ -88,6 +92,7 @@ def build(
         flavour: the back end's name.
         section: every key is one that this flavour takes; see `options.refused`.
         timings: None: none are kept.
+        stored_bytes: what the model's weights take in its file.
         out_dir: where the plan and the builder's log go.
         progress: told about percents.
 
@@ -103,7 +108,8 @@ def build(
             raise BuildError(_refusal(trt, parser, model, log))
         decomposed = _decompose_attention(trt, network)
         layers = _layers(network)
-        config = _configure(trt, builder, network, model, flavour, section, progress)
+        profiles = profiles_of(model, section)
+        config = _configure(trt, builder, network, model, flavour, section, profiles, progress)
         cache = timings.attach(config) if timings is not None else None
         options = _seen(trt, config, flavour, section) | decomposed
         started = time.perf_counter()
@@ -113,6 +119,16 @@ def build(
         options["build_s"] = f"{time.perf_counter() - started:.2f}"
         if timings is not None and cache is not None:
             options["timing_cache_sha256"] = timings.merge(config, cache)
+        weight_bytes, alone = log.weight_bytes, None
+        if len(profiles) > 1 and weight_bytes is not None and widened(weight_bytes, stored_bytes):
+            # Kernels of one profile may want a weight laid out otherwise than those of another: it is then stored twice.
+            # That is told from a weight in a wider type by building each profile alone, where nothing is stored twice.
+            alone = 0
+            for profile in profiles:
+                single = _configure(trt, builder, network, model, flavour, section, (profile,), no_progress)
+                if builder.build_serialized_network(network, single) is None:
+                    raise BuildError(_failure(model, log))
+                alone = max(alone, log.weight_bytes or 0)
         plan = out_dir / PLAN
         with memoryview(serialised) as data, plan.open("wb") as file:
             file.write(data)
@@ -121,7 +137,8 @@ def build(
         return Built(
             plan=plan,
             layers=layers,
-            weight_bytes=log.weight_bytes,
+            weight_bytes=weight_bytes,
+            weight_bytes_alone=alone,
             options=options,
             warnings=tuple(dict.fromkeys(log.warnings)),
         )
@@ -216,6 +233,7 @@ def _configure(
     model: OnnxModel,
     flavour: str,
     section: TensorRTSection,
+    axes_ranges: Sequence[Mapping[str, DimRange]],
     progress: Progress,
 ) -> tensorrt.IBuilderConfig:
     if flavour == RTX:  # which of the two it drives, Polygraphy is told by its environment, at its first import
@@ -225,7 +243,7 @@ def _configure(
 
     G_LOGGER.module_severity = G_LOGGER.WARNING
     profiles = []
-    for ranges in profiles_of(model, section) or ({},):
+    for ranges in axes_ranges or ({},):
         profile = Profile()
         for spec in model.inputs:
             shapes = [
