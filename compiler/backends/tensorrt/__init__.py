@@ -7,7 +7,6 @@ answer at once.
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -20,6 +19,7 @@ from typing import Any
 from compiler import source
 from compiler.backends import machine
 from compiler.backends.tensorrt import options
+from compiler.backends.tensorrt.api import drive
 from compiler.errors import BuildError
 from compiler.recipe import COMPUTE_CAPABILITIES, TensorRTSection
 from compiler.spec import Engine, OnnxModel, Platform, Precision, PrecisionProof, Progress, Runner, no_progress
@@ -107,11 +107,10 @@ class TensorRT:
         started = time.perf_counter()
         if self.cannot_run() is not None:
             _check_probe(model, builds.PLAN)
-        trt = importlib.import_module(self.module)
+        drive(self.module)
         wanted, stored_bytes = precision.asked(model.path)
         keeps_timings = self.NAME != options.RTX and caches is not None and section.timing_cache is not False
         built = builds.build(
-            trt,
             model,
             flavour=self.NAME,
             section=section,
@@ -146,7 +145,7 @@ class TensorRT:
             notes=(*model.notes, *builds.warnings_worth_showing(built.warnings)),
         )
         if self.cannot_run() is None:
-            proof, engine = self._try(trt, engine, model, wanted)
+            proof, engine = self._try(engine, model, wanted)
         return replace(engine, proof=proof, notes=(*engine.notes, *_judged(proof, model, section)))
 
     def open(self, engine: Engine, *, threads: int) -> Runner:  # noqa: ARG002
@@ -156,15 +155,15 @@ class TensorRT:
         """
         from compiler.backends.tensorrt import run
 
-        return run.open_plan(engine, importlib.import_module(self.module))
+        return run.open_plan(engine, drive(self.module))
 
-    def _try(self, trt: Any, engine: Engine, model: OnnxModel, wanted: Any) -> tuple[PrecisionProof, Engine]:
+    def _try(self, engine: Engine, model: OnnxModel, wanted: Any) -> tuple[PrecisionProof, Engine]:
         """Open what was built, run the model's probe through it, and look inside."""
         import numpy as np
 
         from compiler.backends.tensorrt import precision, run
 
-        runner = run.open_plan(engine, trt)
+        runner = run.open_plan(engine, drive(self.module))
         try:
             if model.probe is not None:
                 with np.load(model.probe) as probe:

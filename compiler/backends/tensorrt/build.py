@@ -13,8 +13,9 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, SupportsInt
 
+from compiler.backends.tensorrt.api import trt
 from compiler.backends.tensorrt.log import BUILDER_LOG, BuildLog, shorten
 from compiler.backends.tensorrt.options import RTX
 from compiler.backends.tensorrt.precision import NetworkLayer, NetworkTensor, widened
@@ -22,9 +23,6 @@ from compiler.backends.tensorrt.timing_cache import TimingCache
 from compiler.errors import BuildError
 from compiler.recipe import TensorRTSection
 from compiler.spec import DimRange, OnnxModel, Progress, no_progress
-
-if TYPE_CHECKING:
-    import tensorrt
 
 PLAN = "engine.plan"
 
@@ -74,7 +72,6 @@ class Built:
 
 
 def build(
-    trt: Any,
     model: OnnxModel,
     *,
     flavour: str,
@@ -87,7 +84,6 @@ def build(
     """Parse ``model``, build it, and write the plan to ``out_dir``.
 
     Args:
-        trt: the module, ``tensorrt`` or ``tensorrt_rtx``.
         model: what to build; its axes are the one profile where ``section`` has none.
         flavour: the back end's name.
         section: every key is one that this flavour takes; see `options.refused`.
@@ -99,19 +95,19 @@ def build(
     Raises:
         BuildError: nodes that the parser does not take (all of them are named), or the builder fails.
     """
-    log = BuildLog(trt, out_dir / BUILDER_LOG)
+    log = BuildLog(out_dir / BUILDER_LOG)
     try:
         builder = trt.Builder(log.logger)
         network = builder.create_network(0)
         parser = trt.OnnxParser(network, log.logger)
         if not parser.parse_from_file(str(model.path)):
-            raise BuildError(_refusal(trt, parser, model, log))
-        decomposed = _decompose_attention(trt, network)
+            raise BuildError(_refusal(parser, model, log))
+        decomposed = _decompose_attention(network)
         layers = _layers(network)
         profiles = profiles_of(model, section)
-        config = _configure(trt, builder, network, model, flavour, section, profiles, progress)
+        config = _configure(builder, network, model, flavour, section, profiles, progress)
         cache = timings.attach(config) if timings is not None else None
-        options = _seen(trt, config, flavour, section) | decomposed
+        options = _seen(config, flavour, section) | decomposed
         started = time.perf_counter()
         serialised = builder.build_serialized_network(network, config)
         if serialised is None:
@@ -125,7 +121,7 @@ def build(
             # That is told from a weight in a wider type by building each profile alone, where nothing is stored twice.
             alone = 0
             for profile in profiles:
-                single = _configure(trt, builder, network, model, flavour, section, (profile,), no_progress)
+                single = _configure(builder, network, model, flavour, section, (profile,), no_progress)
                 if builder.build_serialized_network(network, single) is None:
                     raise BuildError(_failure(model, log))
                 alone = max(alone, log.weight_bytes or 0)
@@ -156,14 +152,14 @@ def profiles_of(model: OnnxModel, section: TensorRTSection) -> tuple[Mapping[str
 # --- parsing --------------------------------------------------------------------------------------------------------
 
 
-def _refusal(trt: Any, parser: tensorrt.OnnxParser, model: OnnxModel, log: BuildLog) -> str:
+def _refusal(parser: trt.OnnxParser, model: OnnxModel, log: BuildLog) -> str:
     lines, advice = [], []
     for index in range(parser.num_errors):
-        error: Any = parser.get_error(index)
+        error = parser.get_error(index)
         name, op = error.node_name(), error.node_operator()
         if not op:
             continue
-        lines.append(f"  node '{name}' ({op}): {_why(trt, error)}")
+        lines.append(f"  node '{name}' ({op}): {_why(error)}")
         if op in _OPSET_ADVICE and _OPSET_ADVICE[op] not in advice:
             advice.append(_OPSET_ADVICE[op])
     if not lines:
@@ -179,7 +175,7 @@ def _refusal(trt: Any, parser: tensorrt.OnnxParser, model: OnnxModel, log: Build
     )
 
 
-def _why(trt: Any, error: Any) -> str:
+def _why(error: trt.ParserError) -> str:
     words = {
         trt.ErrorCode.UNSUPPORTED_NODE: "TensorRT does not have it",
         trt.ErrorCode.UNSUPPORTED_NODE_ATTR: "not with this attribute",
@@ -193,7 +189,7 @@ def _why(trt: Any, error: Any) -> str:
     return f"{words}: {said}" if said and "Plugin not found" not in said else words
 
 
-def _decompose_attention(trt: Any, network: tensorrt.INetworkDefinition) -> dict[str, str]:
+def _decompose_attention(network: trt.INetworkDefinition) -> dict[str, str]:
     """Let attention without a kernel of its own be built from its parts: in FP32 there is none, and the build would fail."""
     count = 0
     for index in range(network.num_layers):
@@ -205,11 +201,11 @@ def _decompose_attention(trt: Any, network: tensorrt.INetworkDefinition) -> dict
     return {"attention": f"{count} may be decomposed"} if count else {}
 
 
-def _layers(network: tensorrt.INetworkDefinition) -> tuple[NetworkLayer, ...]:
+def _layers(network: trt.INetworkDefinition) -> tuple[NetworkLayer, ...]:
     return tuple(_layer(network.get_layer(index)) for index in range(network.num_layers))
 
 
-def _layer(layer: tensorrt.ILayer) -> NetworkLayer:
+def _layer(layer: trt.ILayer) -> NetworkLayer:
     inputs = [layer.get_input(index) for index in range(layer.num_inputs)]
     outputs = [layer.get_output(index) for index in range(layer.num_outputs)]
     return NetworkLayer(
@@ -227,15 +223,14 @@ def _layer(layer: tensorrt.ILayer) -> NetworkLayer:
 
 
 def _configure(
-    trt: Any,
-    builder: tensorrt.Builder,
-    network: tensorrt.INetworkDefinition,
+    builder: trt.Builder,
+    network: trt.INetworkDefinition,
     model: OnnxModel,
     flavour: str,
     section: TensorRTSection,
     axes_ranges: Sequence[Mapping[str, DimRange]],
     progress: Progress,
-) -> tensorrt.IBuilderConfig:
+) -> trt.IBuilderConfig:
     if flavour == RTX:  # which of the two it drives, Polygraphy is told by its environment, at its first import
         os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
     from polygraphy.backend.trt import Profile, create_config
@@ -266,25 +261,27 @@ def _configure(
         "builder_optimization_level": section.optimization_level,
         "max_aux_streams": section.aux_streams,
         "profiling_verbosity": getattr(trt.ProfilingVerbosity, (section.verbosity or "detailed").upper()),
-        "progress_monitor": _monitor(trt, progress),
+        "progress_monitor": _monitor(progress),
     }
     if section.hardware_compatibility != "none":
         options["hardware_compatibility_level"] = getattr(levels, section.hardware_compatibility.upper())
     if section.tiling != "none":
         options["tiling_optimization_level"] = getattr(tiling, section.tiling.upper())
-    config: tensorrt.IBuilderConfig = create_config(builder, network, **options)
+    config: trt.IBuilderConfig = create_config(builder, network, **options)
     if section.tf32:
         config.set_flag(trt.BuilderFlag.TF32)
     else:
         config.clear_flag(trt.BuilderFlag.TF32)
     if section.compute_capabilities:
-        trt.set_compute_capabilities(
+        import tensorrt_rtx
+
+        tensorrt_rtx.set_compute_capabilities(
             config, [int(capability.replace(".", "")) for capability in section.compute_capabilities]
         )
     return config
 
 
-def _seen(trt: Any, config: tensorrt.IBuilderConfig, flavour: str, section: TensorRTSection) -> dict[str, str]:
+def _seen(config: trt.IBuilderConfig, flavour: str, section: TensorRTSection) -> dict[str, str]:
     """Options as the builder's configuration gives them back."""
     flags = trt.BuilderFlag
     seen = {
@@ -305,7 +302,11 @@ def _seen(trt: Any, config: tensorrt.IBuilderConfig, flavour: str, section: Tens
     if section.weight_streaming_mib is not None:
         seen["weight_streaming_mib"] = str(section.weight_streaming_mib)
     if section.compute_capabilities:
-        seen["compute_capabilities"] = ", ".join(f"{n // 10}.{n % 10}" for n in trt.compute_capabilities(config))
+        import tensorrt_rtx
+
+        seen["compute_capabilities"] = ", ".join(
+            f"{n // 10}.{n % 10}" for n in tensorrt_rtx.compute_capabilities(config)
+        )
     if flavour != RTX:
         seen["optimization_level"] = str(config.builder_optimization_level)
         seen["hardware_compatibility"] = config.hardware_compatibility_level.name.lower()
@@ -316,20 +317,20 @@ def _seen(trt: Any, config: tensorrt.IBuilderConfig, flavour: str, section: Tens
     return seen
 
 
-def _monitor(trt: Any, progress: Progress) -> Any:
+def _monitor(progress: Progress) -> trt.IProgressMonitor:
     """An ``IProgressMonitor`` that reports percents: phases nest, and each is a part of a step of the one around it."""
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+    class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self._phases: dict[str, list[int]] = {}
             self._shown = -1
 
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:  # noqa: ARG002
-            self._phases[phase_name] = [0, max(1, num_steps)]
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: SupportsInt) -> None:  # noqa: ARG002
+            self._phases[phase_name] = [0, max(1, int(num_steps))]
 
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            self._phases[phase_name][0] = step + 1
+        def step_complete(self, phase_name: str, step: SupportsInt) -> bool:
+            self._phases[phase_name][0] = int(step) + 1
             self._show()
             return True
 

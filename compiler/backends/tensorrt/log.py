@@ -6,7 +6,9 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
+
+from compiler.backends.tensorrt.api import trt
 
 BUILDER_LOG = "builder.log"
 """In the folder of the step, beside the plan."""
@@ -26,13 +28,13 @@ class BuildLog:
     Use `logger` where TensorRT wants an ``ILogger``; it must live as long as whatever was made with it.
     """
 
-    def __init__(self, trt: Any, path: Path) -> None:
+    def __init__(self, path: Path) -> None:
         self.errors: list[str] = []
         self.warnings: list[str] = []
         self.weight_bytes: int | None = None
         """"Total Weights Memory" of the engine, once it is built."""
         self._file: TextIO = path.open("w", buffering=1)
-        self.logger = _logger(trt, self)
+        self.logger = _logger(self)
 
     def add(self, severity: str, message: str) -> None:
         if found := _WEIGHTS.search(message):
@@ -65,12 +67,12 @@ def shorten(errors: Sequence[str]) -> str:
     return "; ".join(kept[:_SHOWN]) or "it gave no reason"
 
 
-def _logger(trt: Any, log: BuildLog) -> Any:
-    class Logger(trt.ILogger):  # type: ignore[misc]
+def _logger(log: BuildLog) -> trt.ILogger:
+    class Logger(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
-        def log(self, severity: Any, msg: str) -> None:
+        def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
             log.add(severity.name, msg)
 
     return Logger()

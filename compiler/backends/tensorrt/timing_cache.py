@@ -10,14 +10,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
 from compiler import durable
-
-if TYPE_CHECKING:
-    import tensorrt
+from compiler.backends.tensorrt.api import trt
 
 
 class TimingCache:
@@ -32,7 +29,7 @@ class TimingCache:
         digest = hashlib.sha256(json.dumps(dict(fingerprint), sort_keys=True).encode()).hexdigest()
         self.path = folder / f"{digest[:32]}.timings"
 
-    def attach(self, config: tensorrt.IBuilderConfig) -> tensorrt.ITimingCache:
+    def attach(self, config: trt.IBuilderConfig) -> trt.ITimingCache:
         """Give ``config`` what is known. The cache that is returned must live until the build is over."""
         try:
             known = self.path.read_bytes()
@@ -45,7 +42,7 @@ class TimingCache:
             config.set_timing_cache(cache, False)
         return cache
 
-    def merge(self, config: tensorrt.IBuilderConfig, learned: tensorrt.ITimingCache) -> str:
+    def merge(self, config: trt.IBuilderConfig, learned: trt.ITimingCache) -> str:
         """Add what a build has learned to the file.
 
         Returns:
