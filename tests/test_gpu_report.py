@@ -401,6 +401,13 @@ class TestFlops:
         model = graph_of(nodes, {"x": ["batch", "sequence"]}, {})
         assert report.count_flops(model, {"batch": 3, "sequence": 24})["flops"] == 2 * 3 * 6 * 6 * 4
 
+    def test_shapes_that_the_file_states_for_other_sizes_are_not_believed(self) -> None:
+        nodes = [helper.make_node("Relu", ["x"], ["r"]), helper.make_node("MatMul", ["r", "w"], ["y"])]
+        model = graph_of(nodes, {"x": ["batch", 7]}, {"w": [7, 3]})
+        model.graph.value_info.append(helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 3]))
+        model.graph.value_info.append(helper.make_tensor_value_info("r", TensorProto.FLOAT, [1, 7]))
+        assert report.count_flops(model, {"batch": 4})["flops"] == 2 * 4 * 7 * 3
+
     def test_what_multiplies_and_is_not_counted_is_named(self) -> None:
         node = helper.make_node("Einsum", ["x", "w"], ["y"], equation="bi,ij->bj")
         counted = report.count_flops(graph_of([node], {"x": ["batch", 7]}, {"w": [7, 3]}), {"batch": 2})
@@ -1468,10 +1475,11 @@ grandchild = os.fork()
 if grandchild == 0:
     time.sleep(600)
     os._exit(0)
-pipe.write(json.dumps({"value": grandchild}) + '\\n{"done": true}\\n')
+pipe.write(json.dumps({"value": grandchild}) + '\\n')
+sys.exit(3)
 """
         (_, grandchild), why = self.run(tmp_path, rest)
-        assert why is None
+        assert why == "its process ended with exit code 3: words of a library"
         os.kill(grandchild, signal.SIGKILL)  # it is still there
 
     def test_a_child_writes_lines_of_json_without_nan(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1490,7 +1498,14 @@ pipe.write(json.dumps({"value": grandchild}) + '\\n{"done": true}\\n')
 
 def ceiling(unit: str, value: float, **more: Any) -> dict[str, Any]:
     seen = {"power_w": {"min": 80, "median": 412.0, "max": 430}, "sm_mhz": {"min": 345, "median": 1755, "max": 1980}}
-    return {unit: value, "low": 0.99 * value, "high": 1.01 * value, "conditions": {**seen, "throttle": []}, **more}
+    throttle = ["software power cap"] if unit == "tflops" else []
+    return {
+        unit: value,
+        "low": 0.99 * value,
+        "high": 1.01 * value,
+        "conditions": {**seen, "throttle": throttle},
+        **more,
+    }
 
 
 def boundary_of(median_ms: float, speedup: float, over: float | None = None) -> dict[str, Any]:
@@ -1632,7 +1647,7 @@ What else tensorrt_rtx said, word by word:
 | --- | --- | --- | --- | --- | --- |
 | device memory, copy | 3001 GB/s | [2971, 3031] | 412 | 1755 |  |
 | device memory, read | n/a |  |  |  |  |
-| matrix product, BF16 | 798 TFLOP/s | [790, 806] | 412 | 1755 |  |
+| matrix product, BF16 | 798 TFLOP/s | [790, 806] | 412 | 1755 | software power cap |
 
 CUDA events.
 
@@ -1767,6 +1782,7 @@ class TestMeasure:
         # What was on disk while the last child ran: everything before it, and that the run is not over.
         assert children.saved[-1]["ceilings"] == CEILINGS
         assert children.saved[-1]["finished"] is None
+        assert len(children.saved) == len(children.jobs)
         assert not list(tmp_path.glob("*.part"))
 
     def test_a_part_that_crashes_costs_no_other(self, tmp_path: Path, recipes: list[str]) -> None:
