@@ -41,6 +41,8 @@ _MAX_GRAPHS = 16
 _MAX_SEEN = 256
 _MAX_SHAPES = 256
 _MAX_ERRORS = 50
+_HOST_BYTES = 4096
+"""Enough for any shape tensor."""
 _DTYPES = {
     "FLOAT": "float32",
     "HALF": "float16",
@@ -688,12 +690,13 @@ class _Lane:
             if name not in carried:
                 memory[name].reserve(core.size(name, shape), core.limits.get(name, 0))
                 if name in core.on_host:
+                    memory[name].reserve(_HOST_BYTES)
                     memory[name].write(feeds[name])
                     values.append(feeds[name].tobytes())
         call = _Call(profile, shapes, tuple(values), memory)
         call.outputs = dict(self._outputs(call))
         for name, output in call.outputs.items():
-            size = core.size(name, output) if output is not None else 1
+            size = core.size(name, output) if output is not None else 0
             if name in core.aliases and size > memory[name].capacity:
                 raise BuildError(
                     f"{core.where}: output '{name}' takes {size} bytes in the place of input '{core.aliases[name]}', which "
@@ -708,9 +711,10 @@ class _Lane:
         if found is None:
             told = self._contexts[call.profile]
             told.set_shapes(call.shapes)
-            for name, _ in call.shapes:
-                if name in self._core.on_host:
-                    told.set_address(name, call.memory[name].address)
+            for name in self._core.on_host:
+                # Outputs too: inferring writes them, and must not write where another call's lie.
+                call.memory[name].reserve(_HOST_BYTES)
+                told.set_address(name, call.memory[name].address)
             found = told.infer()
             _remember(self._inferred, key, found, _MAX_SHAPES)
         else:

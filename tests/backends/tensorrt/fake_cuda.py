@@ -656,11 +656,20 @@ class FakeContext:
         if self._fails("infer_shapes"):
             raise RuntimeError("shapes do not fit")
         engine = self._engine
-        return [
+        missing = [
             name
             for name in engine._inputs
             if name not in self._shapes or (name in engine._host and name not in self._addresses)
         ]
+        if not missing:
+            self._write_host_outputs()
+        return missing
+
+    def _write_host_outputs(self) -> None:
+        engine = self._engine
+        for name, value in self._try_out().items() if engine._host else ():
+            if name in engine._host and name in self._addresses:
+                engine._cuda.host(self._addresses[name], value.nbytes)[:] = np.frombuffer(value.tobytes(), np.uint8)
 
     def _host_values(self) -> dict[str, Array]:
         engine = self._engine
@@ -757,9 +766,7 @@ class FakeContext:
                 if name not in engine._host and value.size:
                     cuda.write(addresses[name], value.tobytes())
 
-        for name, value in self._try_out().items() if engine._host else ():
-            if name in engine._outputs and name in engine._host:
-                cuda.host(addresses[name], value.nbytes)[:] = np.frombuffer(value.tobytes(), np.uint8)
+        self._write_host_outputs()
         cuda.put(stream, "read", begin)
         if not engine._late:
             cuda.put(stream, "compute", end)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -211,6 +212,7 @@ def test_every_dtype_and_shape_passes_through_bit_by_bit(tmp_path: Path, dtype: 
         found = runner.run({"x": value})["y"]
         assert (found.dtype, found.shape, found.tobytes()) == (value.dtype, value.shape, value.tobytes())
         found.fill(1)  # it is the caller's own
+    assert bench.cuda.calls.count("copy_in") == bench.cuda.calls.count("copy_out") == (4 if value.size else 0)
     runner.close()
     assert bench.left() == {}
 
@@ -430,7 +432,9 @@ def test_an_axis_without_a_range_grows_buffers_as_calls_come(tmp_path: Path) -> 
     for size in (1, 10, 500, 20):
         value = np.arange(size, dtype=np.float32)
         np.testing.assert_array_equal(runner.run({"x": value})["y"], value * 2)
-    assert "refuses the shape [1001]" in refused(lambda: runner.run({"x": np.zeros(1001, np.float32)}))
+    for _ in range(2):
+        assert "refuses the shape [1001]" in refused(lambda: runner.run({"x": np.zeros(1001, np.float32)}))
+    assert runner.run({"x": np.ones(2, np.float32)})["y"].tolist() == [2, 2]
     runner.close()
     assert bench.left() == {}
 
@@ -500,9 +504,13 @@ def test_an_output_that_is_computed_on_the_host_stops_graphs(tmp_path: Path) -> 
     outputs = [tensor("y", "n"), tensor("n", 1, dtype="int64")]
     bench = Bench(tmp_path, [tensor("x", "n")], outputs, size, profiles=[{"n": BATCH}], host=["n"])
     runner = bench.open()
-    for rows in (3, 5, 3, 5, 3, 5, 3):
+    sizes = (3, 5, 3, 5, 3, 5, 3)
+    for rows in sizes:
         found = runner.run({"x": np.zeros(rows, np.float32)})
         assert (found["n"].tolist(), found["y"].tolist()) == ([rows], [1] * rows)
+    new = (9, 10, 11, 12, 13, *sizes)  # what is in flight is not overwritten as shapes are inferred for the next
+    many = runner.run_many({"x": np.zeros(rows, np.float32)} for rows in new)
+    assert [found["n"].tolist() for found in many] == [[rows] for rows in new]
     assert runner.notes == ("no CUDA graphs: TensorRT computes 'n' on the host",)
     runner.close()
     assert bench.left() == {}
@@ -582,6 +590,45 @@ def test_old_graphs_make_room_for_new_ones(bench: Bench) -> None:
     runner.run(points(sizes[0]))
     assert bench.cuda.calls.count("launch") == launches + 1
     runner.close()
+
+
+def test_a_graph_in_flight_is_not_thrown_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_MAX_GRAPHS", 1)
+    for seed in range(4):
+        bench = linear_bench(tmp_path, seed=seed)
+        runner = bench.open()
+        feeds = [points(rows, seed) for rows in np.random.default_rng(seed).integers(3, 5, 40)]
+        for fed, found in zip(feeds, runner.run_many(feeds), strict=True):
+            np.testing.assert_array_equal(found["y"], fed["x"] @ WEIGHT)
+        assert bench.cuda.calls.count("launch") > 0
+        runner.close()
+        assert bench.left() == {}
+
+
+def test_a_graph_is_of_the_addresses_of_inputs(tmp_path: Path) -> None:
+    """The input moves, the output stays where it is."""
+    bench = Bench(tmp_path, [tensor("x", "n")], [tensor("y")], lambda f: {"y": f["x"].sum()}, profiles=[{"n": BATCH}])
+    runner = bench.open()
+    for size in (4, 4, 4, 64, 4):
+        assert runner.run({"x": np.ones(size, np.float32)})["y"] == size
+    runner.close()
+    assert bench.left() == {}
+
+
+def test_a_graph_is_of_the_addresses_of_outputs(tmp_path: Path) -> None:
+    """The output moves, the input stays where it is."""
+
+    def full(feeds: Feeds) -> dict[str, Array]:
+        return {"y": np.full(int(feeds["size"][0]), feeds["x"])}
+
+    inputs = [tensor("x"), tensor("size", 1, dtype="int64")]
+    bench = Bench(tmp_path, inputs, [tensor("y", "n")], full, host=["size"])
+    runner = bench.open()
+    for count, size in enumerate((4, 4, 4, 64, 4)):
+        found = runner.run({"x": np.array(count, np.float32), "size": np.array([size])})["y"]
+        assert found.tolist() == [count] * size
+    runner.close()
+    assert bench.left() == {}
 
 
 def test_where_capturing_fails_calls_go_on_without(tmp_path: Path) -> None:
@@ -767,9 +814,19 @@ def test_a_failure_on_the_way_leaves_a_runner_that_works(bench: Bench, name: str
     list(runner.run_many([points(4)] * 4))
     bench.cuda.failing[name] = 2
     assert refused(lambda: list(runner.run_many(points(4, seed) for seed in range(9)))) == f"planted: {name}"
-    feeds = [points(4, seed) for seed in range(9)]
+    assert len(runner._lanes[0]._free) == len(runner._lanes[0]._slots)
+    feeds = [points(64, seed) for seed in range(9)]  # larger ones: nothing may be left that uses the old buffers
     for fed, found in zip(feeds, runner.run_many(feeds), strict=True):
         np.testing.assert_array_equal(found["y"], fed["x"] @ WEIGHT)
+    runner.close()
+
+
+@pytest.mark.parametrize("name", ["copy_in", "copy_out", "synchronize"])
+def test_a_call_that_fails_leaves_nothing_under_way(bench: Bench, name: str) -> None:
+    runner = bench.open()
+    bench.cuda.failing[name] = 0
+    assert refused(lambda: runner.run(points(4))) == f"planted: {name}"
+    np.testing.assert_array_equal(runner.run(points(64))["y"], points(64)["x"] @ WEIGHT)
     runner.close()
 
 
@@ -875,41 +932,44 @@ def test_planted_lanes_that_share_intermediate_memory_are_caught(tmp_path: Path)
     assert faults(plant=True) > 0
 
 
-def test_closing_waits_for_calls_under_way(tmp_path: Path) -> None:
-    inside, go_on = threading.Event(), threading.Event()
+class Gate:
+    """Holds up the first thread that comes."""
 
-    def slow(feeds: Feeds) -> dict[str, Array]:
-        if feeds["x"].any():
-            inside.set()
-            assert go_on.wait(30)
-        return linear(feeds)
+    def __init__(self) -> None:
+        self.entered = 0
+        self.inside, self._go_on = threading.Event(), threading.Event()
 
-    bench = Bench(
-        tmp_path, [tensor("x", "batch", 3)], [tensor("y", "batch", 4)], slow, profiles=[{"batch": BATCH}], progress=0
-    )
-    runner = bench.open()
-    order: list[str] = []
+    def __call__(self) -> None:
+        self.entered += 1
+        self.inside.set()
+        assert self._go_on.wait(30)
 
-    def call() -> None:
-        runner.run(points(4, 1))
-        order.append("call")
+    def open(self) -> None:
+        self._go_on.set()
 
-    def close() -> None:
-        runner.close()
-        order.append("closed")
 
-    caller, closer = threading.Thread(target=call), threading.Thread(target=close)
+def test_closing_waits_for_calls_under_way(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, gate = bench.open(), Gate()
+    read = run._Lane.read
+    found: list[Array] = []
+
+    def held_up(lane: run._Lane, *arguments: Any) -> dict[str, Array]:
+        gate()
+        return read(lane, *arguments)
+
+    monkeypatch.setattr(run._Lane, "read", held_up)
+    caller = threading.Thread(target=lambda: found.append(runner.run(points(4))["y"]))
+    closer = threading.Thread(target=runner.close)
     caller.start()
-    assert inside.wait(30)
+    assert gate.inside.wait(30)
     closer.start()
-    while not runner._closed:
-        closer.join(0.001)
-    assert refused(lambda: runner.run(points(1))).startswith("engine.plan: closed")
-    go_on.set()
+    closer.join(0.2)
+    assert closer.is_alive()
+    assert refused(lambda: runner.run(points(1))) == "engine.plan: closed; an open model was expected. Open it again."
+    gate.open()
     caller.join()
     closer.join()
-    assert order == ["call", "closed"]
-    assert bench.left() == {}
+    np.testing.assert_array_equal(found[0], points(4)["x"] @ WEIGHT)
 
 
 # --- state on the device --------------------------------------------------------------------------------------------
@@ -1016,6 +1076,56 @@ def test_two_steppers_and_plain_calls_do_not_disturb_one_another(tmp_path: Path)
     runner.close()
     assert bench.left() == {}
     assert refused(lambda: steppers[1].fetch("present")).startswith("engine.plan: closed")
+
+
+def test_one_stepper_steps_for_one_thread_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = growing(tmp_path)
+    runner, gate = bench.open(contexts=2), Gate()
+    stepper = runner.stepper({"present": "past"})
+    stepper.reset(nothing())
+    prepare = run._Lane.prepare
+
+    def held_up(lane: run._Lane, *arguments: Any) -> Any:
+        gate()
+        return prepare(lane, *arguments)
+
+    monkeypatch.setattr(run._Lane, "prepare", held_up)
+    threads = [threading.Thread(target=stepper.step, args=({"new": news(seed)},)) for seed in range(2)]
+    for thread in threads:
+        thread.start()
+    assert gate.inside.wait(30)
+    threads[1].join(0.1)
+    assert gate.entered == 1
+    gate.open()
+    for thread in threads:
+        thread.join()
+    assert stepper.fetch("present").sum() == news(0).sum() + news(1).sum()
+    runner.close()
+    assert bench.left() == {}
+
+
+def test_several_tensors_are_carried(tmp_path: Path) -> None:
+    """Among them two that change places, so that each becomes the other's input."""
+    inputs = [tensor("x", 2), tensor("a", 3), tensor("b", 3), tensor("c", 50)]
+    outputs = [tensor("a2", 3), tensor("b2", 3), tensor("c2", 50), tensor("y", 2)]
+
+    def turn(feeds: Feeds) -> dict[str, Array]:
+        return {"a2": feeds["a"] + 1, "b2": feeds["b"] * 2, "c2": feeds["c"] - 1, "y": feeds["x"] + feeds["a"][0]}
+
+    bench = Bench(tmp_path, inputs, outputs, turn)
+    runner = bench.open(contexts=2)
+    stepper = runner.stepper({"a2": "b", "b2": "a", "c2": "c"})
+    state = {name: np.arange(size, dtype=np.float32) + size for name, size in (("a", 3), ("b", 3), ("c", 50))}
+    stepper.reset(state)
+    for index in range(6):
+        feeds = {"x": np.full(2, index, np.float32)}
+        expected = turn({**feeds, **state})
+        np.testing.assert_array_equal(stepper.step(feeds)["y"], expected["y"])
+        state = {"a": expected["b2"], "b": expected["a2"], "c": expected["c2"]}
+    for output, name in (("a2", "b"), ("b2", "a"), ("c2", "c")):
+        np.testing.assert_array_equal(stepper.fetch(output), state[name])
+    runner.close()
+    assert bench.left() == {}
 
 
 def update(feeds: Feeds) -> dict[str, Array]:
@@ -1229,6 +1339,7 @@ def test_a_plan_that_changed_is_never_deserialised(bench: Bench) -> None:
     )
     assert bench.trt.deserialised == []
     assert bench.cuda.calls == []
+    assert "deserialising a plan runs native code" in refused(lambda: open_plan(bench.engine, bench.trt))
 
 
 def test_planted_a_check_after_deserialising_is_caught(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1464,6 +1575,30 @@ def test_closing_frees_everything_once(bench: Bench) -> None:
         lambda: runner.inspect(),
     ):
         assert refused(work) == "engine.plan: closed; an open model was expected. Open it again."
+
+
+def test_what_tensorrt_made_goes_in_the_reverse_order(tmp_path: Path) -> None:
+    """Even while the closed runner is still held: weights lie on the GPU until the plan is gone."""
+    bench = linear_bench(tmp_path)
+    runner = bench.open()
+    runner.run(points(4))
+    gone: list[str] = []
+    weakref.finalize(bench.plan, gone.append, "plan")
+    weakref.finalize(bench.trt.runtimes[0], gone.append, "runtime")
+    assert runner._core.log is not None
+    weakref.finalize(runner._core.log.logger, gone.append, "logger")
+    for context in list(bench.plan._contexts):
+        weakref.finalize(context, gone.append, "context")
+    del context
+    plan = bench.plan
+    bench.trt.plans.clear()
+    bench.trt.runtimes.clear()
+    del bench.plan, plan
+    runner.close()
+    assert gone == ["context", "plan", "runtime"]
+    del runner
+    gc.collect()
+    assert gone == ["context", "plan", "runtime", "logger"]
 
 
 def test_planted_a_double_free_and_a_leak_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
