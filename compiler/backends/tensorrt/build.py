@@ -365,7 +365,7 @@ def _failure(model: OnnxModel, log: BuildLog) -> str:
             )
     return (
         f"{model.path.name}: NVIDIA's builder failed; an engine was expected. Keep the layer that it names in another "
-        f'precision (engines.keep), or build this engine with backend = "onnxruntime". Its own words: {said}'
+        f'precision (engines.keep), or build this engine with backend = "onnxruntime". Its own words: {said}. All it said is in the log.'
     )
 
 
