@@ -259,7 +259,7 @@ SETTLE_S = 1.0
 """Work before a window: NVML averages power over up to a second."""
 POLL_S = 0.02
 CHUNK_S = 0.1
-"""Calls between two looks at the clock take about this long."""
+"""Calls between two looks at the clock take about this long, until power has settled."""
 MIN_STEPS = 10
 """Changes of the energy counter within a window below which its slope is not trusted."""
 MAX_ERROR = 0.05
@@ -404,12 +404,17 @@ def measure_energy(
     while clock() - began < SETTLE_S:
         before = clock()
         call(chunk)
-        chunk = max(1, min(100_000, round(chunk * CHUNK_S / max(clock() - before, 1e-6))))
+        per_call_s = max((clock() - before) / chunk, 1e-6)
+        chunk = max(1, math.ceil(CHUNK_S / per_call_s))
+    many = max(
+        1, math.ceil(WINDOW_S / per_call_s)
+    )  # in one go: a runner may do more than its calls each time it is asked
     with sampler(gauge, POLL_S) as readings:
-        start, calls = clock(), 0
+        start, calls, inside_s = clock(), 0, 0.0
         while clock() - start < WINDOW_S:
-            call(chunk)
-            calls += chunk
+            inside_s += sum(call(many))
+            calls += many
+            many = max(1, math.ceil(CHUNK_S / per_call_s))
         end = clock()
     power = mean_power(readings, start, end)
     inferences = calls * batch
@@ -424,6 +429,7 @@ def measure_energy(
         "source": power.source,
         "error_share": power.error_share,
         "ms_per_call": 1e3 * (end - start) / calls,
+        "inside_calls_share": inside_s / (end - start),
         "window_s": end - start,
         "inferences": inferences,
         "conditions": conditions(readings),
@@ -1164,9 +1170,12 @@ def _memcpy_times(runtime: Any, target: int, source: int, size: int, kind: Any, 
 
 BOUNDARIES: Mapping[str, str] = {
     "host": "one synchronised call, from arrays in host memory to arrays in host memory, copies and casts included",
-    "device": "one call by CUDA events, inputs and outputs in device memory, casts of half precision included; calls "
-    "follow one another without a pause",
+    "device": "one call between two CUDA events, on a stream with nothing else on it, inputs and outputs in device memory; "
+    "no copies, but the casts of half precision",
 }
+"""The same for PyTorch as for TensorRT's runner, `compiler.backends.tensorrt.run`."""
+WARM_CALLS = 3
+"""Untimed calls before those on the device, as that runner has them."""
 BLOCKS = 20
 BLOCK_MS = 10.0
 """Shorter than a build's: on a GPU calls are short, and every raw sample is kept."""
@@ -1188,6 +1197,7 @@ class Candidate:
     precision: str
     graph: bool
     runner: Any
+    on_gpu: bool = True
     moved_bytes: Any = None
     sha256: str | None = None
     notes: list[str] = field(default_factory=list)
@@ -1246,7 +1256,18 @@ class TorchRunner:
     def time_device(self, feeds: Mapping[str, Any], repeats: int) -> list[float]:
         set_precision(self._torch, self._precision)
         self._fill(feeds)
-        return event_times(self._torch, self._launch, repeats)
+        for _ in range(WARM_CALLS):
+            self._launch()
+        self._torch.cuda.synchronize()
+        start, end = (self._torch.cuda.Event(enable_timing=True) for _ in range(2))
+        taken = []
+        for _ in range(repeats):
+            start.record()
+            self._launch()
+            end.record()
+            end.synchronize()
+            taken.append(start.elapsed_time(end) / 1e3)
+        return taken
 
     def close(self) -> None:
         self._graph = self._held = None
@@ -1419,7 +1440,8 @@ def engine_candidates(manifests: Sequence[Any], work: Json) -> Iterator[tuple[Ca
         provider = engine.options.get("provider", "")
         candidate = Candidate(
             name=engine.name,
-            how=f"{engine.backend} ({provider})" if provider else engine.backend,
+            how=f"{engine.backend}, {provider}" if provider else engine.backend,
+            on_gpu=provider != "CPUExecutionProvider",
             precision=engine.precision.value,
             graph=False,
             runner=None,
@@ -1591,7 +1613,7 @@ def _enter(found: Json, boundary: str, taken: Json, ready: Sequence[tuple[Candid
     for candidate, entry in ready:
         own = estimates.find(latencies, candidate.name, batch)
         if own is None:
-            entry[boundary] = {"missing": f"{candidate.how} has no clock for it"}
+            entry[boundary] = {"missing": f"{candidate.how}: its runner has no time_device"}
         else:
             entry[boundary] = speed(own, original, best if candidate.how not in ("eager", "compile") else None)
 
@@ -1648,8 +1670,9 @@ def _measure_energies(
     for candidate, entry in ready:
         clock = getattr(candidate.runner, "time_device", candidate.runner.time)
         refusal = refusal or too_late()
-        if refusal is not None:
-            entry["energy"] = {"missing": refusal}
+        why = refusal if candidate.on_gpu else "it runs on the CPU, and only the GPU's energy is measured"
+        if why is not None:
+            entry["energy"] = {"missing": why}
             continue
         call = functools.partial(clock, feeds)
         entry["energy"] = guarded(functools.partial(measure_energy, call, found["batch"], gauge, found["idle"]))

@@ -232,10 +232,27 @@ class TestEnergy:
         assert found["joules_per_inference"] == pytest.approx(300 * 0.001 / 8, rel=0.01)
         assert found["joules_per_inference_above_idle"] == pytest.approx(200 * 0.001 / 8, rel=0.01)
         assert found["ms_per_call"] == pytest.approx(1.0)
+        assert found["inside_calls_share"] == pytest.approx(1.0)
         assert found["window_s"] >= report.WINDOW_S
         assert found["inferences"] == round(found["window_s"] / 0.001) * 8
         assert found["conditions"]["sm_mhz"] == {"min": 1980, "median": 1980, "max": 1980}
         assert found["conditions"]["throttle"] == ["software power cap"]
+
+    def test_a_window_is_one_request_as_a_runner_may_warm_up_at_each(self, gauge: report.Gauge) -> None:
+        clock = gauge._clock
+        assert isinstance(clock, Clock)
+        asked: list[int] = []
+
+        def call(repeats: int) -> list[float]:
+            asked.append(repeats)
+            clock.sleep(0.002 * (repeats + 3))  # three untimed calls
+            return [0.002] * repeats
+
+        found = report.measure_energy(call, 1, gauge, {"watts": 0.0}, clock=clock, sampler=polled)
+        (at_once,) = [repeats for repeats in asked if repeats > 100]
+        assert at_once == pytest.approx(2.5 / (0.002 * 53 / 50), rel=0.01)
+        assert found["joules_per_inference"] == pytest.approx(300 * 0.002, rel=0.01)
+        assert found["inside_calls_share"] == pytest.approx(1, abs=0.01)
 
     def test_joules_are_told_without_idle_power_too(self, gauge: report.Gauge) -> None:
         clock = gauge._clock
@@ -755,6 +772,8 @@ class Event:
         FakeCuda.now_ms += FakeCuda.call_ms
         self.at = FakeCuda.now_ms
 
+    def synchronize(self) -> None: ...
+
     def elapsed_time(self, end: Event) -> float:
         return float(end.at - self.at)
 
@@ -995,7 +1014,7 @@ class TestTorchRunner:
         assert np.array_equal(runner.run(FEEDS)["y"], FEEDS["x"] + 1)
         runner.time(FEEDS, 2)
         runner.time_device(FEEDS, 4)
-        assert (len(calls), Graph.replays) == (4, 7)
+        assert (len(calls), Graph.replays) == (4, 1 + 2 + 3 + 4)
 
     def test_half_precision_stays_inside(self, on_cpu: FakeTorch) -> None:
         inside: list[Any] = []
@@ -1094,11 +1113,16 @@ class TestEngines:
         monkeypatch.setattr("compiler.backends.get", lambda name: SimpleNamespace(open=open_engine))
         proof: Any = SimpleNamespace(weight_bytes=300, expected_weight_bytes=None)
         engines = [ENGINE, replace(ENGINE, name="proven", proof=proof), replace(ENGINE, name="broken")]
+        engines.append(replace(ENGINE, name="cpu", backend="onnxruntime", options={"provider": "CPUExecutionProvider"}))
         made = list(report.engine_candidates([SimpleNamespace(engines=engines)], {"io_bytes": 50}))
         assert [(c.name, c.moved_bytes, c.runner, refusal) for c, refusal in made] == [
             ("int8", 1050, "runner", None),
             ("proven", 350, "runner", None),
             ("broken", 1050, None, "engine.plan: refused."),
+            ("cpu", 1050, "runner", None),
+        ]
+        assert [(c.how, c.on_gpu) for c, _ in made] == [("tensorrt", True)] * 3 + [
+            ("onnxruntime, CPUExecutionProvider", False)
         ]
         assert made[0][0].notes == ["bytes: the size of its file stands for its weights"]
         assert made[1][0].notes == []
@@ -1254,7 +1278,7 @@ class TestBatch:
             ("eager", "eager", DeviceRunner("eager", log, 1.0)), ("int8", "onnxruntime", Runner("int8", log, 1.0))
         )
         assert found["candidates"][1]["host"]["median_ms"] == pytest.approx(1.0)
-        assert found["candidates"][1]["device"] == {"missing": "onnxruntime has no clock for it"}
+        assert found["candidates"][1]["device"] == {"missing": "onnxruntime: its runner has no time_device"}
 
     def test_how_far_outputs_are_from_the_original_s_is_told(self) -> None:
         log: list[tuple[str, str, int]] = []
@@ -1294,6 +1318,29 @@ class TestBatch:
         )
         assert found["candidates"][0]["host"] == {"missing": "the limit was reached before it began"}
         assert found["candidates"][0]["energy"] == {"missing": "the limit was reached before it began"}
+
+    def test_the_gpu_s_energy_is_not_told_of_an_engine_on_the_cpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(report, "measure_idle", lambda gauge: {"watts": 90.0})
+        monkeypatch.setattr(report, "measure_energy", lambda call, batch, gauge, idle: {"watts": 1})
+        clock = Clock()
+        found: dict[str, Any] = {"batch": 1}
+        ready = [
+            (
+                report.Candidate(
+                    name=name, how="x", precision="fp32", graph=False, runner=Runner(name, [], 1.0), on_gpu=on_gpu
+                ),
+                dict[str, Any](),
+            )
+            for name, on_gpu in (("cpu", False), ("gpu", True))
+        ]
+        gauge = report.Gauge(Nvml(clock), "handle", clock)
+        report._measure_energies(
+            found, {}, ready, gauge=gauge, wanted=True, deadline=report.Deadline(60), emit=lambda: None
+        )
+        assert [entry["energy"] for _, entry in ready] == [
+            {"missing": "it runs on the CPU, and only the GPU's energy is measured"},
+            {"watts": 1},
+        ]
 
 
 class TestDifference:
@@ -1678,8 +1725,8 @@ CUDA events.
 - device: eager FP32 against itself is unsure by 0.2%; less is no difference
 - device: 100 to 500 W; throttled by: software power cap
 - device: batch 8: int8 did not hold still
-- energy: back-to-back calls, inputs and outputs in device memory; 71 W with nothing to do, by the energy counter; the \
-GPU alone, not its host
+- energy: one call after the other, as on the device where it has such a clock; 71 W with nothing to do, by the energy \
+counter; the GPU alone, not its host
 - int8: it fits into the L2 cache
 
 ## Missing on this machine

@@ -290,7 +290,7 @@ def _boundary(name: str, found: Mapping[str, Any]) -> Iterator[str]:
 def _idle(idle: Mapping[str, Any]) -> Iterator[str]:
     if "watts" in idle:
         yield (
-            f"energy: back-to-back calls, inputs and outputs in device memory; {idle['watts']:.0f} W with nothing to do, "
+            f"energy: one call after the other, as on the device where it has such a clock; {idle['watts']:.0f} W with nothing to do, "
             f"by the {idle['source']}; the GPU alone, not its host"
         )
 
