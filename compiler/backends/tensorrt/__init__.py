@@ -60,6 +60,8 @@ class TensorRT:
                 f"the NVIDIA driver is {gpu.driver}; {_OLDEST_DRIVER[release]} or later was expected for CUDA "
                 f"{release.removeprefix('cu')}. Update the driver"
             )
+        if not _has_cuda_bindings():
+            return "the Python package 'cuda-bindings' is not installed. pip install 'build-engine[gpu]'"
         if self.NAME == options.RTX and gpu.compute_capability not in COMPUTE_CAPABILITIES:
             return (
                 f"{gpu.name} has compute capability {gpu.compute_capability}; TensorRT for RTX takes "
@@ -196,6 +198,13 @@ class TensorRT:
             f"TensorRT {version} is installed; {OLDEST} or later was expected: up to 10 the builder may leave the "
             f"precision of a layer as it likes, from {OLDEST} on the graph decides. Install tensorrt>={OLDEST}"
         )
+
+
+def _has_cuda_bindings() -> bool:
+    try:
+        return importlib.util.find_spec("cuda.bindings") is not None
+    except ModuleNotFoundError:  # not even the package around it
+        return False
 
 
 def _check_probe(model: OnnxModel, where: str) -> None:
