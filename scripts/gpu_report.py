@@ -262,6 +262,9 @@ CHUNK_S = 0.1
 """Calls between two looks at the clock take about this long, until power has settled."""
 MIN_STEPS = 10
 """Changes of the energy counter within a window below which its slope is not trusted."""
+PACE = (0.8, 1.5)
+"""Time of a call in an energy window over its median when timed, outside of which a note says so: what lies between two
+calls is in the first and not in the second."""
 MAX_ERROR = 0.05
 """How far the ends of a window may be unsure, as a share of it."""
 
@@ -406,9 +409,8 @@ def measure_energy(
         call(chunk)
         per_call_s = max((clock() - before) / chunk, 1e-6)
         chunk = max(1, math.ceil(CHUNK_S / per_call_s))
-    many = max(
-        1, math.ceil(WINDOW_S / per_call_s)
-    )  # in one go: a runner may do more than its calls each time it is asked
+    # In one go, and a little more: a runner may do more than its calls each time that it is asked.
+    many = max(1, math.ceil(1.1 * WINDOW_S / per_call_s))
     with sampler(gauge, POLL_S) as readings:
         start, calls, inside_s = clock(), 0, 0.0
         while clock() - start < WINDOW_S:
@@ -1676,7 +1678,19 @@ def _measure_energies(
             continue
         call = functools.partial(clock, feeds)
         entry["energy"] = guarded(functools.partial(measure_energy, call, found["batch"], gauge, found["idle"]))
+        _note_other_pace(candidate, entry)
         emit()
+
+
+def _note_other_pace(candidate: Candidate, entry: Json) -> None:
+    """Say where a candidate ran at another pace while its energy was measured than while it was timed."""
+    timed = entry["device"] if "median_ms" in entry.get("device", {}) else entry.get("host", {})
+    if "ms_per_call" in entry["energy"] and "median_ms" in timed:
+        then, before = entry["energy"]["ms_per_call"], timed["median_ms"]
+        if not PACE[0] <= then / before <= PACE[1]:
+            candidate.notes.append(
+                f"energy: a call took {then:.3g} ms while it was measured, and {before:.3g} ms before"
+            )
 
 
 # --- a recipe -------------------------------------------------------------------------------------------------------

@@ -250,7 +250,7 @@ class TestEnergy:
 
         found = report.measure_energy(call, 1, gauge, {"watts": 0.0}, clock=clock, sampler=polled)
         (at_once,) = [repeats for repeats in asked if repeats > 100]
-        assert at_once == pytest.approx(2.5 / (0.002 * 53 / 50), rel=0.01)
+        assert asked[-1] == at_once == pytest.approx(1.1 * 2.5 / (0.002 * 53 / 50), rel=0.01)
         # A call and its share of the untimed ones; as unsure as the ends of the window are.
         expected = 300 * 0.002 * (at_once + 3) / at_once
         assert found["joules_per_inference"] == pytest.approx(expected, rel=found["error_share"])
@@ -1304,11 +1304,15 @@ class TestBatch:
 
         def measure(call: Callable[[int], list[float]], batch: int, gauge: Any, idle: Any) -> dict[str, Any]:
             asked.append((batch, idle, call(3)))
-            return {"watts": 1}
+            return {"watts": 1, "ms_per_call": 2.0 if len(asked) == 2 else 0.6}
 
         monkeypatch.setattr(report, "measure_energy", measure)
         found = self.measured(eager, ("int8", "onnxruntime", Runner("int8", log, 1.0)), gauge=gauge)
         assert found["idle"] == {"watts": 90.0}
+        assert [entry["notes"] for entry in found["candidates"]] == [
+            [],
+            ["energy: a call took 2 ms while it was measured, and 1 ms before"],
+        ]
         assert asked == [(2, {"watts": 90.0}, [0.0005] * 3), (2, {"watts": 90.0}, [0.001] * 3)]
         assert found["samples"]["host"]["conditions"]["power_w"]["max"] == 300
 
