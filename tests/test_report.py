@@ -44,7 +44,7 @@ def _content(name: str = "int8", reason: str = "lost 1, gained 0 of 600") -> dic
     engine = {
         "name": name, "precision": "int8", "backend": "onnxruntime", "backend_reason": "named in the recipe", "sha256": "e" * 64,
         "size_bytes": 2 << 20, "options": {"threads": "2"}, "notes": ["a note"], "outcome": "pass", "gates": [gate],
-        "scores": [score], "speeds": [SPEED | {"candidate": name}],
+        "profiles": [], "proof": None, "stand_in": None, "scores": [score], "speeds": [SPEED | {"candidate": name}],
     }  # fmt: skip
     return {
         "name": "points", "outcome": "pass", "finished": "2026-01-01T00:00:00+00:00",
@@ -90,3 +90,22 @@ def test_hostile_text_stays_text(hostile: str) -> None:
     row = next(line for line in text.splitlines() if "top1 drop" in line)
     assert row.replace("\\|", "").count("|") == 5
     assert not any(mark in row.replace("\\`", "") for mark in ("<s", "<!", "`", "](", "\x1b", "\u202e", "&lt;b"))
+
+
+def test_an_engine_that_was_not_run_says_so_with_what_was_run_and_what_was_read() -> None:
+    content = _content()
+    (engine,) = content["engines"]
+    engine["stand_in"] = {"backend": "onnxruntime", "reason": "no GPU", "model_sha256": "a" * 64}
+    engine["proof"] = {
+        "method": "the network",
+        "weight_bytes": 12_000,
+        "weight_bytes_alone": 10_000,
+        "expected_weight_bytes": 9_999,
+    }
+    text = report.markdown(content)
+    assert (
+        f"  - NOT RUN HERE: no GPU. Its scores are those of the same ONNX file, SHA-256 {'a' * 64}, run in onnxruntime.\n"
+        "  - a note\n"
+        "  - precision read from: the network; weights take 12,000 bytes, 9,999 in the model, 10,000 with one profile alone: "
+        "some are stored once per profile\n"
+    ) in text

@@ -18,7 +18,8 @@ else:
         module: ModuleType | None = None
 
         def __getattr__(self, name: str) -> Any:
-            assert self.module is not None, "drive() comes first"
+            if self.module is None:
+                raise AttributeError(f"{name}: drive() comes first")
             return getattr(self.module, name)
 
     trt = _Driven()
