@@ -619,6 +619,13 @@ def _check_profiles_cover(recipe: Recipe) -> Iterator[_Problem]:
                 f"together they take axis '{name}' from {low} to {high}; [axes] says {axis.min} to {axis.max}. "
                 "Widen a profile, or narrow the axis.",
             )
+        timed = recipe.batches if name == batch_axis(recipe.inputs) else ()
+        for size in timed:
+            if not any(span.min <= size <= span.max for span in spans):
+                yield _Problem(
+                    ("tensorrt", "profiles"),
+                    f"batch {size} is timed, and no profile takes it. Widen one, or leave it out of latency.batches.",
+                )
 
 
 def _capability(engine: EngineSection) -> tuple[str, str]:
@@ -717,6 +724,7 @@ def _key_lines(text: str) -> dict[tuple[str | int, ...], int]:
                     if last and header[1] == "[[":
                         counts[table] = counts.get(table, -1) + 1
                     if table in counts:
+                        lines.setdefault(table, number)
                         table = (*table, counts[table])
                 lines.setdefault(table, number)
                 continue

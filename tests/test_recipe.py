@@ -109,6 +109,19 @@ def test_the_message_of_one_mistake(tmp_path: Path, change: tuple[str, str], mes
         ('[quantize]\nmin_sqnr_db = -inf', "r.toml:13: [quantize] min_sqnr_db: found -inf; a finite number was expected."),
         ('[data]\nsource = "x.csv"', "r.toml:13: [data] source: found 'x.csv'; a Python file was expected."),
         ('[quantize]\nmethod = "kl"', "r.toml:13: [quantize] method: found 'kl'; expected one of minmax, percentile, entropy, mse."),
+        ('[[engines]]\nprecision = "fp16"\nweights_only = true', "r.toml:14: [engines #1] weights_only: only an INT8, FP8 or INT4 engine has rounded weights; this one is fp16. Remove it."),
+        ('[[engines]]\nprecision = "int8"\nblock = 64', "r.toml:14: [engines #1] block: only an INT4 engine shares scales in blocks; this one is int8. Remove it."),
+        ('[tensorrt]\nstrip = true', "r.toml:13: [tensorrt] strip: a plan without weights cannot run unless it can be refitted. Set refit too."),
+        ('[tensorrt]\noptimization_level = 6', "r.toml:13: [tensorrt] optimization_level: found 6; expected a whole number <= 5."),
+        ('[tensorrt]\ncompute_capabilities = ["9.0"]', "r.toml:13: [tensorrt] compute_capabilities: found a list at [0]; invalid enum value '9.0'."),
+        ('[[tensorrt.profiles]]', "r.toml:12: [tensorrt.profiles #1]: axis 'batch' is missing; a profile gives a range for each axis of [axes]. Add it."),
+        ('[[tensorrt.profiles]]\nbatch = {min = 1, opt = 8, max = 64}\nbach = {min = 1, opt = 1, max = 1}', "r.toml:14: [tensorrt.profiles #1] bach: axis 'bach' is not in [axes]; did you mean 'batch'?"),
+        ('[[tensorrt.profiles]]\nbatch = {min = 1, opt = 80, max = 64}', "r.toml:13: [tensorrt.profiles #1] batch: min 1, opt 80, max 64; min <= opt <= max was expected."),
+        ('[[tensorrt.profiles]]\nbatch = {min = 1, opt = 8, max = 65}', "r.toml:13: [tensorrt.profiles #1] batch: 1 to 65 is not inside the range of the axis in [axes], 1 to 64."),
+        ('[[tensorrt.profiles]]\nbatch = {min = 1, opt = 8, max = 8}', "r.toml:12: [tensorrt] profiles: together they take axis 'batch' from 1 to 8; [axes] says 1 to 64. Widen a profile, or narrow the axis."),
+        ('[[tensorrt.profiles]]\nbatch = {min = 1, opt = 1, max = 1}\n[[tensorrt.profiles]]\nbatch = {min = 16, opt = 16, max = 64}', "r.toml:12: [tensorrt] profiles: batch 8 is timed, and no profile takes it. Widen one, or leave it out of latency.batches."),
+        ('[[engines]]\nprecision = "fp8"\nbackend = "tensorrt_rtx"\n[tensorrt]\ncompute_capabilities = ["8.6"]', "r.toml:16: [tensorrt] compute_capabilities: 8.6 asked, but engine 'fp8' needs 8.9 or later for FP8. Remove the target, or build engine 'fp8' in another recipe."),
+        ('[[engines]]\nprecision = "int8"\nrest = "bf16"\nbackend = "tensorrt_rtx"\n[tensorrt]\ncompute_capabilities = ["7.5", "8.0"]', "r.toml:17: [tensorrt] compute_capabilities: 7.5 asked, but engine 'int8' needs 8.0 or later for BF16. Remove the target, or build engine 'int8' in another recipe."),
         ('[quantize]\npercentile = 3.0', "r.toml:13: [quantize] percentile: found 3.0; expected a number > 50.0."),
     ],
 )  # fmt: skip
@@ -141,6 +154,12 @@ def test_overrides_win_and_are_named_in_messages(tmp_path: Path) -> None:
     assert _error(tmp_path, MINIMAL, "name.x=3") == "--set name.x=3: 'name' is a value, not a table."
     engines = MINIMAL + '[[engines]]\nprecision = "int8"\n'
     assert recipe.load(_write(tmp_path, engines), ["engines.0.precision=fp16"]).engines[0].precision is Precision.FP16
+    both = _write(tmp_path, engines + '[[engines]]\nprecision = "fp32"\n')
+    named = [engine.backend for engine in recipe.load(both, ["engines.backend=tensorrt_rtx"]).engines]
+    assert named == ["tensorrt_rtx", "tensorrt_rtx"]
+    assert _error(tmp_path, engines, "engines.backend=rtx") == (
+        "--set engines.0.backend: found 'rtx'; expected one of auto, onnxruntime, tensorrt, tensorrt_rtx."
+    )
     assert _error(tmp_path, engines, "engines.1.precision=fp16") == (
         "--set engines.1.precision=fp16: 'engines' is a list of 1; an index from 0 to 0 was expected after it, found '1'."
     )
