@@ -391,6 +391,8 @@ def _decode(value: Any, kind: Any, path: tuple[str | int, ...], problems: list[_
             problems.append(_Problem(path, f"found {_show(value)}; a list of tables was expected, [[{table}]]."))
             return None
         return tuple(_decode(item, arguments[0], (*path, index), problems) for index, item in enumerate(value))
+    if origin is tuple and get_origin(arguments[0]) is Literal and isinstance(value, list):
+        return tuple(_decode(item, arguments[0], path, problems) for item in value)
     try:
         converted = msgspec.convert(value, kind)
     except msgspec.ValidationError as exc:
@@ -433,7 +435,8 @@ def _explain(value: Any, kind: Any, message: str) -> str:
     """msgspec's complaint about one value in this project's wording."""
     choices = _choices(kind)
     if choices and isinstance(value, str):
-        close = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
+        number = value.replace(".", "").isdigit()  # another number is no misspelling
+        close = [] if number else difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
         hint = f" Did you mean '{close[0]}'?" if close else ""
         return f"found {_show(value)}; expected one of {', '.join(choices)}.{hint}"
     found = re.search(r"\$(\[[^`]*|\.[^`]*)", message)

@@ -113,7 +113,7 @@ def test_the_message_of_one_mistake(tmp_path: Path, change: tuple[str, str], mes
         ('[[engines]]\nprecision = "int8"\nblock = 64', "r.toml:14: [engines #1] block: only an INT4 engine shares scales in blocks; this one is int8. Remove it."),
         ('[tensorrt]\nstrip = true', "r.toml:13: [tensorrt] strip: a plan without weights cannot run unless it can be refitted. Set refit too."),
         ('[tensorrt]\noptimization_level = 6', "r.toml:13: [tensorrt] optimization_level: found 6; expected a whole number <= 5."),
-        ('[tensorrt]\ncompute_capabilities = ["9.0"]', "r.toml:13: [tensorrt] compute_capabilities: found a list at [0]; invalid enum value '9.0'."),
+        ('[tensorrt]\ncompute_capabilities = ["9.0"]', "r.toml:13: [tensorrt] compute_capabilities: found '9.0'; expected one of 7.5, 8.0, 8.6, 8.9, 12.0, 12.1."),
         ('[[tensorrt.profiles]]', "r.toml:12: [tensorrt.profiles #1]: axis 'batch' is missing; a profile gives a range for each axis of [axes]. Add it."),
         ('[[tensorrt.profiles]]\nbatch = {min = 1, opt = 8, max = 64}\nbach = {min = 1, opt = 1, max = 1}', "r.toml:14: [tensorrt.profiles #1] bach: axis 'bach' is not in [axes]; did you mean 'batch'?"),
         ('[[tensorrt.profiles]]\nbatch = {min = 1, opt = 80, max = 64}', "r.toml:13: [tensorrt.profiles #1] batch: min 1, opt 80, max 64; min <= opt <= max was expected."),

@@ -10,11 +10,12 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import json
+import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from compiler import source
 from compiler.backends import machine
@@ -23,6 +24,9 @@ from compiler.backends.tensorrt.api import drive
 from compiler.errors import BuildError
 from compiler.recipe import COMPUTE_CAPABILITIES, TensorRTSection
 from compiler.spec import Engine, OnnxModel, Platform, Precision, PrecisionProof, Progress, Runner, no_progress
+
+if TYPE_CHECKING:
+    from compiler.backends.tensorrt.precision import Asked
 
 OLDEST = 11
 _OLDEST_DRIVER = {"cu13": 580, "cu12": 525}
@@ -128,11 +132,12 @@ class TensorRT:
             weight_bytes_alone=built.weight_bytes_alone,
             expected_weight_bytes=stored_bytes,
         )
+        beside = _weights_beside(model, out_dir) if section.strip else ()
         engine = Engine(
             name=name,
             path=built.plan,
-            sha256=onnx_files.sha256_of(built.plan, ()),
-            size_bytes=built.plan.stat().st_size,
+            sha256=onnx_files.sha256_of(built.plan, beside),
+            size_bytes=sum(file.stat().st_size for file in (built.plan, *beside)),
             backend=self.NAME,
             backend_reason=reason,
             precision=model.precision,
@@ -143,11 +148,12 @@ class TensorRT:
             axes=model.axes,
             build_s=time.perf_counter() - started,
             options=built.options,
+            external_data=beside,
             profiles=builds.profiles_of(model, section),
             notes=(*model.notes, *builds.warnings_worth_showing(built.warnings)),
         )
         if self.cannot_run() is None:
-            proof, engine = self._try(engine, model, wanted)
+            proof = self._try(engine, model, wanted, proof)
         return replace(engine, proof=proof, notes=(*engine.notes, *_judged(proof, model, section)))
 
     def open(self, engine: Engine, *, threads: int) -> Runner:  # noqa: ARG002
@@ -159,7 +165,9 @@ class TensorRT:
 
         return run.open_plan(engine, drive(self.module))
 
-    def _try(self, engine: Engine, model: OnnxModel, wanted: Any) -> tuple[PrecisionProof, Engine]:
+    def _try(
+        self, engine: Engine, model: OnnxModel, wanted: Sequence[Asked], network: PrecisionProof
+    ) -> PrecisionProof:
         """Open what was built, run the model's probe through it, and look inside."""
         import numpy as np
 
@@ -173,7 +181,7 @@ class TensorRT:
             inspected = json.loads(runner.inspect())
         finally:
             runner.close()
-        return precision.prove_engine(wanted, inspected), engine
+        return precision.prove_engine(wanted, inspected, network)
 
     def _installed(self) -> dict[str, str]:
         return dict(source.versions(self.packages))
@@ -198,6 +206,16 @@ class TensorRT:
             f"TensorRT {version} is installed; {OLDEST} or later was expected: up to 10 the builder may leave the "
             f"precision of a layer as it likes, from {OLDEST} on the graph decides. Install tensorrt>={OLDEST}"
         )
+
+
+def _weights_beside(model: OnnxModel, out_dir: Path) -> tuple[Path, ...]:
+    """Copies of the model's files: what a plan without weights is refitted from where it is opened."""
+    copies = []
+    for file in (model.path, *model.external_data):
+        copies.append(out_dir / file.relative_to(model.path.parent))
+        copies[-1].parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copies[-1])
+    return tuple(copies)
 
 
 def _has_cuda_bindings() -> bool:

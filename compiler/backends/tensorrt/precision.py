@@ -158,12 +158,16 @@ def prove_network(
     )
 
 
-def prove_engine(wanted: Sequence[Asked], inspected: Mapping[str, Any]) -> PrecisionProof:
+def prove_engine(wanted: Sequence[Asked], inspected: Mapping[str, Any], network: PrecisionProof) -> PrecisionProof:
     """Compare with the layers of the engine itself.
+
+    Where several nodes of different precisions were fused into one layer, the inspector shows the types at its border and
+    none inside; those nodes are answered for by the network, and the proof says how many they are.
 
     Args:
         wanted: of the ONNX file that was built.
         inspected: the inspector's JSON, of an engine built with detailed profiling verbosity.
+        network: what `prove_network` found.
     """
     layers = [layer for layer in inspected.get("Layers", ()) if isinstance(layer, Mapping)]
     reads = {str(tensor.get("Name")): layer for layer in layers for tensor in layer.get("Outputs", ())}
@@ -186,15 +190,26 @@ def prove_engine(wanted: Sequence[Asked], inspected: Mapping[str, Any]) -> Preci
                         layer=item.node, op=item.op, asked=item.precision, found=got, cause=_engine_cause(layer, reads)
                     )
                 )
-    for item in wanted:
-        if item.node not in found:
-            found[item.node] = ["not visible"]
+    hidden = [item for item in wanted if item.node not in found]
+    parsed = {departure.layer: departure for departure in network.departures}
+    for item in hidden:
+        found[item.node] = [parsed[item.node].found if item.node in parsed else item.precision]
+    departures += [parsed[item.node] for item in hidden if item.node in parsed]
+    method = "the engine inspector, layer by layer of the engine that ships"
+    if hidden:
+        method += (
+            f"; {len(hidden)} of {len(wanted)} are inside fused layers that it does not show, and were read from: "
+        )
+        method += network.method
     return PrecisionProof(
-        method="the engine inspector, every layer of the engine that ships",
+        method=method,
         layers=len(wanted),
         as_asked=sum(found[item.node] == [item.precision] * len(found[item.node]) for item in wanted),
         by_precision=_counted(wanted, found),
         departures=tuple(departures),
+        weight_bytes=network.weight_bytes,
+        weight_bytes_alone=network.weight_bytes_alone,
+        expected_weight_bytes=network.expected_weight_bytes,
     )
 
 

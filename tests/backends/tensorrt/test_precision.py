@@ -181,6 +181,13 @@ def io(name: str, datatype: str) -> dict[str, Any]:
     return {"Name": name, "Dimensions": [1, 8, 8, 8], "Format": "Linear", "Datatype": datatype}
 
 
+NETWORK = PrecisionProof(method="the network", layers=1, as_asked=1, by_precision={"int8": 1}, weight_bytes=7)
+
+
+def inspect(wanted: tuple[Asked, ...], *layers: dict[str, Any]) -> PrecisionProof:
+    return precision.prove_engine(wanted, {"Layers": list(layers), "I/O Tensors": []}, NETWORK)
+
+
 def engine_layer(kind: str, node: str, inputs: list[str], output: str, weights: str | None = None) -> dict[str, Any]:
     """A layer of the inspector's JSON in TensorRT 11's schema; ``inputs`` are ``name:type``."""
     found: dict[str, Any] = {
@@ -197,9 +204,7 @@ def engine_layer(kind: str, node: str, inputs: list[str], output: str, weights: 
 
 
 def test_an_engine_as_asked() -> None:
-    proof = precision.prove_engine(
-        INT8, {"Layers": [engine_layer("CaskConvolution", "conv", ["x:Int8"], "y:Int8", "Int8")], "I/O Tensors": []}
-    )
+    proof = inspect(INT8, engine_layer("CaskConvolution", "conv", ["x:Int8"], "y:Int8", "Int8"))
     assert (proof.as_asked, proof.departures, proof.by_precision) == (1, (), {"int8": 1})
 
 
@@ -217,29 +222,32 @@ def test_an_engine_that_departs_names_the_likely_cause(maker: str, cause: str) -
         engine_layer(maker, "before", ["a:Int8"], "x:Float"),
         engine_layer("CaskConvolution", "conv", ["x:Float"], "y:Float", "Float"),
     ]
-    proof = precision.prove_engine(INT8, {"Layers": layers})
+    proof = inspect(INT8, *layers)
     assert proof.departures == (Departure(layer="conv", op="Conv", asked="int8", found="fp32", cause=cause),)
     assert proof.as_asked == 0
 
 
 def test_a_product_of_two_activations_is_read_from_both_inputs() -> None:
     wanted = (Asked(node="m", op="MatMul", precision="int8"),)
-    (departure,) = precision.prove_engine(
-        wanted, {"Layers": [engine_layer("gemm", "m", ["a:Int8", "b:Half"], "y:Half")]}
-    ).departures
+    (departure,) = inspect(wanted, engine_layer("gemm", "m", ["a:Int8", "b:Half"], "y:Half")).departures
     assert departure.found == "fp16 x int8"
 
 
-def test_what_the_inspector_does_not_show_is_not_called_proved() -> None:
+def test_what_the_inspector_does_not_show_is_read_from_the_network_and_said_so() -> None:
     wanted = (*INT8, Asked(node="head", op="Gemm", precision="fp32"))
     fused = engine_layer("Myelin", "conv", ["x:Float"], "y:Float")
     fused["Metadata"] = "[ONNX Layer: conv]\x1e[ONNX Layer: head]"
-    proof = precision.prove_engine(wanted, {"Layers": [fused]})
-    assert (proof.as_asked, proof.by_precision, proof.departures) == (0, {"not visible": 2}, ())
+    proof = inspect(wanted, fused)
+    assert (proof.as_asked, proof.by_precision, proof.departures) == (2, {"int8": 1, "fp32": 1}, ())
+    assert proof.method == (
+        "the engine inspector, layer by layer of the engine that ships; 2 of 2 are inside fused layers that it does not "
+        f"show, and were read from: {NETWORK.method}"
+    )
+
+
+def test_what_departed_in_the_network_is_not_forgotten_where_the_inspector_is_blind() -> None:
+    departed = Departure(layer="conv", op="Conv", asked="int8", found="fp32", cause="because")
+    network = replace(NETWORK, departures=(departed,))
+    proof = precision.prove_engine(INT8, {"Layers": ["conv + relu"]}, network)
+    assert (proof.as_asked, proof.by_precision, proof.departures) == (0, {"fp32": 1}, (departed,))
     assert not precision.covers(proof, Precision.INT8)
-
-
-def test_names_alone_prove_nothing() -> None:
-    """Built with too little verbosity, the inspector lists strings."""
-    proof = precision.prove_engine(INT8, {"Layers": ["conv + relu"]})
-    assert (proof.as_asked, proof.by_precision) == (0, {"not visible": 1})
