@@ -58,7 +58,7 @@ def load(data: bytes, kind: type[T], base: Path) -> T:
         value = msgspec.convert(_numbers(tree), kind, dec_hook=hook)
     except (ValueError, RecursionError, msgspec.MsgspecError) as exc:
         raise ValueError(f"not a {kind.__name__}: {exc}") from exc
-    if json.loads(dump(value, base)) != tree:
+    if not _kept(tree, json.loads(dump(value, base))):
         raise ValueError(f"not a {kind.__name__}: it holds something that a {kind.__name__} does not have")
     return value
 
@@ -108,6 +108,16 @@ def _plain(value: Any, base: Path | None, where: str) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item, base, f"{where}[{index}]") for index, item in enumerate(value)]
     raise ValueError(f"{where} is a {type(value).__name__}; a plain value was expected")
+
+
+def _kept(read: Any, understood: Any) -> bool:
+    """Whether nothing of what was read is lost. What was understood may hold more: fields at their defaults, which came
+    after the text was written."""
+    if isinstance(read, dict) and isinstance(understood, dict):
+        return all(name in understood and _kept(item, understood[name]) for name, item in read.items())
+    if isinstance(read, list) and isinstance(understood, list):
+        return len(read) == len(understood) and all(map(_kept, read, understood))
+    return bool(read == understood) and isinstance(read, bool) == isinstance(understood, bool)
 
 
 def _relative(path: Path, base: Path, where: str) -> str:

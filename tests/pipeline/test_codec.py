@@ -228,3 +228,17 @@ def test_a_key_refuses_what_has_no_canonical_form(parts: Mapping[Any, Any], mess
     with pytest.raises(ValueError) as caught:
         codec.key(parts)
     assert str(caught.value) == message
+
+
+def test_what_an_older_version_wrote_is_read_with_defaults_for_what_came_later() -> None:
+    tree = json.loads(codec.dump(ENGINE, BASE))
+    for later in ("proof", "profiles"):
+        del tree[later]
+    assert codec.load(json.dumps(tree).encode(), Engine, BASE) == ENGINE
+
+
+def test_a_nested_key_that_nobody_knows_is_refused() -> None:
+    tree = json.loads(codec.dump(ENGINE, BASE))
+    tree["inputs"][0]["layout"] = "NCHW"
+    with pytest.raises(ValueError, match=r"^not a Engine: it holds something that a Engine does not have$"):
+        codec.load(json.dumps(tree).encode(), Engine, BASE)
