@@ -178,6 +178,17 @@ def test_options_that_the_rtx_flavour_takes(
     assert backends.choose(section("tensorrt_rtx"), TensorRTSection(**option))[0] == "tensorrt_rtx"
 
 
+def test_an_option_of_the_rtx_flavour_is_refused_for_the_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install(monkeypatch, tmp_path, "tensorrt", "11.4.0")
+    pretend_gpu(monkeypatch, tmp_path, 'echo "NVIDIA L4, 8.9, 595.10"')
+    with pytest.raises(RecipeError) as caught:
+        backends.choose(section("tensorrt"), TensorRTSection(compute_capabilities=("8.9",), tiling="full"))
+    assert caught.value.message == (
+        "[tensorrt] compute_capabilities: engine 'int8', backend 'tensorrt', does not take it: TensorRT builds for the GPU of "
+        "the machine it runs on; build there, or set hardware_compatibility for later ones."
+    )
+
+
 def test_onnxruntime_minds_no_option_of_tensorrt() -> None:
     assert backends.choose(section("onnxruntime"), TensorRTSection(tiling="full"))[0] == "onnxruntime"
 

@@ -1,8 +1,8 @@
 """An ONNX file through NVIDIA's parser and builder to a plan. Runs in a step's child process: the builder may crash.
 
-Profiles, configuration and the build go through Polygraphy. The file is parsed with the API itself, since Polygraphy's
-loader ends with the first error and drops the name of the node; so is what Polygraphy does not know: TF32 is cleared
-(the builder's own default is on, for every FP32 layer), targets are set, timings are kept by `timing_cache`.
+Profiles and configuration go through Polygraphy. The file is parsed and built with the API itself, since Polygraphy's
+loaders end with the first error and drop the name of the node; so is what Polygraphy does not know: TF32 is cleared (the
+builder's own default is on, for every FP32 layer), targets are set, timings are kept by `timing_cache`.
 """
 
 from __future__ import annotations
