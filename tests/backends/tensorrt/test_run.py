@@ -25,9 +25,11 @@ import pytest
 from onnx import TensorProto, helper
 
 from compiler.backends.onnxruntime import open_model
+from compiler.backends.tensorrt import contexts, lanes, memory, run
 from compiler.backends.tensorrt import cuda as cuda_module
-from compiler.backends.tensorrt import run
-from compiler.backends.tensorrt.run import PlanRunner, choose_profile, open_plan
+from compiler.backends.tensorrt import stepper as stepper_module
+from compiler.backends.tensorrt.profiles import choose_profile
+from compiler.backends.tensorrt.run import PlanRunner, open_plan
 from compiler.errors import BuildError
 from compiler.spec import Array, Dim, DimRange, Engine, Feeds, Platform, Precision, TensorSpec, dtype_of
 from tests.backends.tensorrt import fake_cuda
@@ -317,7 +319,7 @@ def test_the_optimum_needs_no_new_buffer(bench: Bench) -> None:
 def test_buffers_double_up_to_the_profile_s_largest(tmp_path: Path) -> None:
     bench = linear_bench(tmp_path, [{"batch": DimRange(min=1, opt=10, max=50)}])
     runner = bench.open()
-    memory = runner._lanes[0]._slots[0].memory
+    memory = runner._lanes.all[0]._slots[0].memory
     for rows, held in ((10, 10), (11, 20), (20, 20), (21, 40), (41, 50), (50, 50)):
         runner.run(points(rows))
         assert (memory["x"].capacity, memory["y"].capacity) == (held * 3 * 4, held * 4 * 4)
@@ -556,7 +558,7 @@ def test_new_addresses_mean_a_new_graph(bench: Bench) -> None:
 
 def test_planted_a_graph_of_old_addresses_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = linear_bench(tmp_path)
-    monkeypatch.setattr(run._Call, "signature", lambda call: (call.profile, call.shapes, call.values))
+    monkeypatch.setattr(contexts.Call, "signature", lambda call: (call.profile, call.shapes, call.values))
     runner = bench.open()
     for _ in range(3):
         runner.run(points(4))
@@ -568,7 +570,7 @@ def test_planted_a_graph_of_old_addresses_is_caught(tmp_path: Path, monkeypatch:
 def test_planted_graphs_that_share_a_context_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = linear_bench(tmp_path)
     runner = bench.open()
-    monkeypatch.setattr(run._Lane, "_context", lambda lane, profile: lane._contexts[profile])
+    monkeypatch.setattr(lanes.Lane, "_context", lambda lane, profile: lane._contexts[profile])
     for _ in range(2):
         runner.run(points(4))
     runner.run(points(3))
@@ -579,11 +581,11 @@ def test_planted_graphs_that_share_a_context_are_caught(tmp_path: Path, monkeypa
 def test_old_graphs_make_room_for_new_ones(bench: Bench) -> None:
     runner = bench.open()
     runner.run(points(64))
-    sizes = range(1, run._MAX_GRAPHS + 3)
+    sizes = range(1, lanes._MAX_GRAPHS + 3)
     for rows in sizes:
         for _ in range(2):
             runner.run(points(rows))
-    assert bench.cuda.held()["executable graphs"] == run._MAX_GRAPHS
+    assert bench.cuda.held()["executable graphs"] == lanes._MAX_GRAPHS
     launches = bench.cuda.calls.count("launch")
     runner.run(points(sizes[-1]))
     assert bench.cuda.calls.count("launch") == launches + 1
@@ -593,7 +595,7 @@ def test_old_graphs_make_room_for_new_ones(bench: Bench) -> None:
 
 
 def test_a_graph_in_flight_is_not_thrown_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "_MAX_GRAPHS", 1)
+    monkeypatch.setattr(lanes, "_MAX_GRAPHS", 1)
     for seed in range(4):
         bench = linear_bench(tmp_path, seed=seed)
         runner = bench.open()
@@ -708,7 +710,7 @@ def test_copies_overlap_work(bench: Bench) -> None:
     runner = bench.open(graphs=False)
     results = runner.run_many(points(4, seed) for seed in range(9))
     next(results)
-    lane = runner._lanes[0]
+    lane = runner._lanes.all[0]
     flying = [[op.what for op in bench.cuda._streams[s].pending] for s in (lane.incoming, lane.work, lane.outgoing)]
     assert "copy in" not in flying[1] + flying[2]
     assert "copy out" not in flying[0] + flying[1]
@@ -722,7 +724,7 @@ def test_many_calls_need_no_more_than_three_slots(bench: Bench) -> None:
     runner = bench.open()
     for _ in range(3):
         list(runner.run_many(points(4, seed) for seed in range(9)))
-    assert len(runner._lanes[0]._slots) == 3
+    assert len(runner._lanes.all[0]._slots) == 3
     runner.close()
 
 
@@ -763,7 +765,7 @@ def test_planted_mistakes_of_the_pipeline_are_caught(tmp_path: Path) -> None:
         patch.setattr(FakeCuda, "synchronize_event", lambda cuda, event: None)
 
     def slots_given_too_early(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(run._Lane, "take_slot", lambda lane: lane._slots[0])
+        patch.setattr(lanes.Lane, "take_slot", lambda lane: lane._slots[0])
 
     assert faults_over_seeds(tmp_path, lambda patch: None) == 0
     assert faults_over_seeds(tmp_path, without_wait(1)) > 0  # work does not wait for the copy in
@@ -789,7 +791,7 @@ def test_a_wrong_feed_is_raised_in_its_place(bench: Bench) -> None:
             got.append(found["y"].shape[0])
     assert got == [2, 3, 4]
     np.testing.assert_array_equal(runner.run(points(4))["y"], points(4)["x"] @ WEIGHT)
-    assert len(runner._lanes[0]._free) == len(runner._lanes[0]._slots)
+    assert len(runner._lanes.all[0]._free) == len(runner._lanes.all[0]._slots)
     runner.close()
 
 
@@ -814,7 +816,7 @@ def test_a_failure_on_the_way_leaves_a_runner_that_works(bench: Bench, name: str
     list(runner.run_many([points(4)] * 4))
     bench.cuda.failing[name] = 2
     assert refused(lambda: list(runner.run_many(points(4, seed) for seed in range(9)))) == f"planted: {name}"
-    assert len(runner._lanes[0]._free) == len(runner._lanes[0]._slots)
+    assert len(runner._lanes.all[0]._free) == len(runner._lanes.all[0]._slots)
     feeds = [points(64, seed) for seed in range(9)]  # larger ones: nothing may be left that uses the old buffers
     for fed, found in zip(feeds, runner.run_many(feeds), strict=True):
         np.testing.assert_array_equal(found["y"], fed["x"] @ WEIGHT)
@@ -840,7 +842,7 @@ def test_results_may_be_left_and_other_calls_come_between(bench: Bench) -> None:
     np.testing.assert_array_equal(next(left)["y"], points(4, 1)["x"] @ WEIGHT)
     del left
     gc.collect()
-    assert len(runner._lanes[0]._free) == len(runner._lanes[0]._slots)
+    assert len(runner._lanes.all[0]._free) == len(runner._lanes.all[0]._slots)
     runner.close()
 
 
@@ -912,12 +914,12 @@ def test_planted_lanes_that_share_intermediate_memory_are_caught(tmp_path: Path)
         for seed in range(40):
             bench = linear_bench(tmp_path, seed=seed)
             runner = bench.open(contexts=2, graphs=False)
-            first, second = runner._lanes
+            first, second = runner._lanes.all
             if plant:
                 for context in second._contexts:
                     context._context.set_device_memory(first._workspace, first._workspace_size)
             flying = [runner._launch(points(4))]
-            with runner._lane():  # the lane used last is taken, so that the other comes next
+            with runner._lanes.one():  # the lane used last is taken, so that the other comes next
                 flying.append(runner._launch(points(4)))
             assert {flight.lane for flight in flying} == {first, second}
             try:
@@ -950,14 +952,14 @@ class Gate:
 
 def test_closing_waits_for_calls_under_way(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     runner, gate = bench.open(), Gate()
-    read = run._Lane.read
+    read = lanes.Lane.read
     found: list[Array] = []
 
-    def held_up(lane: run._Lane, *arguments: Any) -> dict[str, Array]:
+    def held_up(lane: lanes.Lane, *arguments: Any) -> dict[str, Array]:
         gate()
         return read(lane, *arguments)
 
-    monkeypatch.setattr(run._Lane, "read", held_up)
+    monkeypatch.setattr(lanes.Lane, "read", held_up)
     caller = threading.Thread(target=lambda: found.append(runner.run(points(4))["y"]))
     closer = threading.Thread(target=runner.close)
     caller.start()
@@ -1083,13 +1085,13 @@ def test_one_stepper_steps_for_one_thread_at_a_time(tmp_path: Path, monkeypatch:
     runner, gate = bench.open(contexts=2), Gate()
     stepper = runner.stepper({"present": "past"})
     stepper.reset(nothing())
-    prepare = run._Lane.prepare
+    prepare = lanes.Lane.prepare
 
-    def held_up(lane: run._Lane, *arguments: Any) -> Any:
+    def held_up(lane: lanes.Lane, *arguments: Any) -> Any:
         gate()
         return prepare(lane, *arguments)
 
-    monkeypatch.setattr(run._Lane, "prepare", held_up)
+    monkeypatch.setattr(lanes.Lane, "prepare", held_up)
     threads = [threading.Thread(target=stepper.step, args=({"new": news(seed)},)) for seed in range(2)]
     for thread in threads:
         thread.start()
@@ -1602,18 +1604,18 @@ def test_what_tensorrt_made_goes_in_the_reverse_order(tmp_path: Path) -> None:
 
 
 def test_planted_a_double_free_and_a_leak_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    close = run._Slot.close
+    close = memory.Slot.close
     bench = linear_bench(tmp_path)
     runner = bench.open()
-    buffer = runner._lanes[0]._slots[0].memory["x"]
+    buffer = runner._lanes.all[0]._slots[0].memory["x"]
     bench.cuda.free(buffer.device)
     with pytest.raises(Fault, match="was freed"):
         runner.close()
-    monkeypatch.setattr(run._Slot, "close", lambda slot: None)
+    monkeypatch.setattr(memory.Slot, "close", lambda slot: None)
     bench = linear_bench(tmp_path)
     bench.open().close()
     assert bench.left() == {"device memory": 2, "pinned memory": 2}
-    assert close is not run._Slot.close
+    assert close is not memory.Slot.close
 
 
 # --- the fake is strict ---------------------------------------------------------------------------------------------
@@ -1682,10 +1684,10 @@ def test_a_wait_is_for_what_was_recorded_before_it(seed: int) -> None:
 # --- the real thing, as far as it is here ---------------------------------------------------------------------------
 
 
-def uses(module: types.ModuleType, owners: Sequence[str]) -> dict[str, set[str]]:
-    """By owner (a variable or an attribute of that name), the attributes that the module's text asks it for."""
+def uses(modules: Sequence[types.ModuleType], owners: Sequence[str]) -> dict[str, set[str]]:
+    """By owner (a variable or an attribute of that name), the attributes that the modules' text asks it for."""
     found: dict[str, set[str]] = {owner: set() for owner in owners}
-    for node in ast.walk(ast.parse(inspect.getsource(module))):
+    for node in (node for module in modules for node in ast.walk(ast.parse(inspect.getsource(module)))):
         if isinstance(node, ast.Attribute):
             value = node.value
             name = value.attr if isinstance(value, ast.Attribute) else value.id if isinstance(value, ast.Name) else ""
@@ -1707,15 +1709,14 @@ def test_every_call_to_tensorrt_exists() -> None:
         "ExecutionContextAllocationStrategy": trt.ExecutionContextAllocationStrategy,
         "LayerInformationFormat": trt.LayerInformationFormat,
     }
-    used = uses(run, list(owners))
-    # `self._context(profile)` of a lane, and the methods of Path, have the same names as nothing here.
+    used = uses([run, contexts, lanes, memory, stepper_module], list(owners))
     missing = {
         f"{owner}.{name}" for owner, names in used.items() for name in names if not hasattr(owners[owner], name)
     } - {"trt.__name__"}
     assert missing == set()
     assert {"create_execution_context", "num_io_tensors"} <= used["plan"]
     assert {"execute_async_v3", "infer_shapes", "set_device_memory"} <= used["context"]
-    assert set(run._DTYPES) <= set(trt.DataType.__members__)
+    assert set(contexts._DTYPES) <= set(trt.DataType.__members__)
 
 
 def test_the_fake_has_nothing_that_tensorrt_lacks() -> None:
@@ -1751,7 +1752,7 @@ def test_the_bindings_refuse_a_plan_in_our_words(tmp_path: Path) -> None:
     assert "Its own words: " in message
 
 
-RUNTIME_USES = {name for name in uses(cuda_module, ["runtime"])["runtime"] if name.startswith("cuda")} | set(
+RUNTIME_USES = {name for name in uses([cuda_module], ["runtime"])["runtime"] if name.startswith("cuda")} | set(
     re.findall(r'_call\("(\w+)"', inspect.getsource(cuda_module))
 )
 
