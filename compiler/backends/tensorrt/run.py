@@ -14,10 +14,9 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from compiler.backends.feeds import FeedCheck
+from compiler.backends.feeds import FeedCheck, listed
 from compiler.backends.tensorrt.contexts import Call, Core, Log
 from compiler.backends.tensorrt.cuda import Cuda, CudaLike
 from compiler.backends.tensorrt.lanes import Lane, Lanes
@@ -56,6 +55,7 @@ def open_plan(
     if plan is None:
         raise _not_opened(where, trt, log)
     del plan_bytes
+    _refit(engine, plan, trt, log)
     _stream_weights(engine, plan, log)
     return PlanRunner(engine, plan, trt, cuda, log=log, runtime=runtime, contexts=contexts, graphs=graphs)
 
@@ -65,12 +65,12 @@ def _read(engine: Engine) -> bytes:
     where = engine.path.name
     try:
         plan = engine.path.read_bytes()
-        found = _sha256(engine.path, plan, engine.external_data)
     except OSError as exc:
         raise BuildError(
             f"{where}: cannot be read ({exc.strerror or exc}); the plan that was built was expected. "
             "Build the engine again."
         ) from exc
+    found = _sha256(engine, plan)
     if found != engine.sha256:
         raise BuildError(
             f"{where}: its SHA-256 is {found}; {engine.sha256} was expected. It was not opened, since deserialising a plan "
@@ -79,12 +79,61 @@ def _read(engine: Engine) -> bytes:
     return plan
 
 
-def _sha256(path: Path, plan: bytes, external_data: Sequence[Path]) -> str:
-    if not external_data:
-        return hashlib.sha256(plan).hexdigest()
-    from compiler.onnx_files import sha256_of
+def _sha256(engine: Engine, plan: bytes) -> str:
+    """As `compiler.onnx_files.sha256_of` has it, of a plan that is in memory."""
+    own = hashlib.sha256(plan).hexdigest()
+    if not engine.external_data:
+        return own
+    lines = [f"{own}  {engine.path.name}\n"]
+    for file in engine.external_data:
+        name = file.relative_to(engine.path.parent)
+        try:
+            with file.open("rb") as opened:
+                lines.append(f"{hashlib.file_digest(opened, 'sha256').hexdigest()}  {name}\n")
+        except OSError as exc:
+            raise BuildError(
+                f"{engine.path.name}: {name}, which belongs to it, cannot be read ({exc.strerror or exc}); it was expected "
+                "beside the plan. Build the engine again, or fetch the file again."
+            ) from exc
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
-    return sha256_of(path, external_data)
+
+def _refit(engine: Engine, plan: Any, trt: Any, log: Log) -> None:
+    """Fill a plan that was built without weights from the ONNX file beside it."""
+    if engine.options.get("strip") != "on":
+        return
+    where = engine.path.name
+    model = next(iter(engine.external_data), None)
+    if model is None or model.suffix != ".onnx":
+        beside = listed(file.name for file in engine.external_data)
+        raise BuildError(
+            f"{where}: was built without weights, and beside it belongs {beside}; the ONNX file that it was built from was "
+            "expected. Build the engine again."
+        )
+    log.take()
+    doing = "makes no refitter for it"
+    refitter = parser = None
+    try:
+        refitter = trt.Refitter(plan, log.logger)
+        parser = trt.OnnxParserRefitter(refitter, log.logger)
+        doing = f"cannot take its weights from {model.name}"
+        if parser.refit_from_file(str(model)):
+            doing = f"cannot refit it with the weights of {model.name}"
+            if refitter.refit_cuda_engine():
+                return
+        errors = [*log.take(), *(parser.get_error(index).desc() for index in range(parser.num_errors))]
+    except Exception as exc:
+        raise _not_refitted(where, doing, [*log.take(), str(exc)]) from exc
+    finally:
+        parser = refitter = None  # in this order: the parser has a reference to the refitter, and holds the weights
+    raise _not_refitted(where, doing, errors)
+
+
+def _not_refitted(where: str, doing: str, errors: Sequence[str]) -> BuildError:
+    return BuildError(
+        f"{where}: was built without weights, and TensorRT {doing}; the ONNX file that it was built from was expected. "
+        f"Build the engine again. Its own words: {shorten(errors)}"
+    )
 
 
 def _stream_weights(engine: Engine, plan: Any, log: Log) -> None:

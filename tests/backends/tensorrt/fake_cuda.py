@@ -21,6 +21,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -459,6 +460,20 @@ class FakeTrt:
         self.refusal: tuple[str, ...] = ("Error Code 1: magicTag == kEXPECTED_MAGIC_TAG failed.",)
         self.deserialised: list[bytes] = []
         self.runtimes: list[FakeRuntime] = []
+        self.gone: list[str] = []
+        """Refitters, and parsers for them, in the order in which they went."""
+
+    def Refitter(self, engine: FakeEngine, logger: Any) -> FakeRefitter:
+        if engine._fails("Refitter"):
+            raise TypeError("factory function returned nullptr")
+        made = FakeRefitter(engine, logger)
+        weakref.finalize(made, self.gone.append, "refitter")
+        return made
+
+    def OnnxParserRefitter(self, refitter: FakeRefitter, logger: Any) -> FakeOnnxParserRefitter:
+        made = FakeOnnxParserRefitter(refitter, logger)
+        weakref.finalize(made, self.gone.append, "parser")
+        return made
 
     def Runtime(self, logger: Any) -> FakeRuntime:
         made = FakeRuntime(self, logger)
@@ -483,6 +498,57 @@ class FakeRuntime:
         return engine
 
 
+class FakeRefitter:
+    def __init__(self, engine: FakeEngine, logger: ILogger) -> None:
+        self._engine, self._logger = engine, logger
+        self._holder: weakref.ref[FakeOnnxParserRefitter] | None = None
+        """The parser that holds the weights."""
+
+    def refit_cuda_engine(self) -> bool:
+        engine = self._engine
+        if engine._fails("refit_cuda_engine"):
+            return False
+        if self._holder is None:
+            return engine._say("Error Code 4: weights are missing")
+        if self._holder() is None:
+            raise Fault("weights of a parser that is gone")
+        engine._stripped = None
+        return True
+
+
+class FakeParserError:
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def desc(self) -> str:
+        return self._text
+
+
+class FakeOnnxParserRefitter:
+    def __init__(self, refitter: FakeRefitter, logger: ILogger) -> None:
+        self._refitter = weakref.ref(refitter)
+        self._errors: list[FakeParserError] = []
+
+    @property
+    def num_errors(self) -> int:
+        return len(self._errors)
+
+    def get_error(self, index: int) -> FakeParserError:
+        return self._errors[index]
+
+    def refit_from_file(self, model: str) -> bool:
+        refitter = self._refitter()
+        if refitter is None:
+            raise Fault("a parser whose refitter is gone")
+        if refitter._engine._fails("refit_from_file"):
+            return False
+        if Path(model).read_bytes() != refitter._engine._stripped:
+            self._errors.append(FakeParserError("weights of 'w' have another count"))
+            return False
+        refitter._holder = weakref.ref(self)
+        return True
+
+
 Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
@@ -490,7 +556,8 @@ class FakeEngine:
     """Computes ``function`` when its work is done, from the bytes that lie at the bound addresses.
 
     ``profiles`` holds (min, opt, max) shapes by input. ``late`` outputs have shapes that depend on data; ``host`` tensors
-    live on the host; ``aliases`` names the input in whose place an output is written.
+    live on the host; ``aliases`` names the input in whose place an output is written. ``stripped`` is the content of the
+    ONNX file that has the weights, where the plan has none.
     """
 
     def __init__(
@@ -505,6 +572,7 @@ class FakeEngine:
         host: Sequence[str] = (),
         aliases: Mapping[str, str] | None = None,
         capturable: bool = True,
+        stripped: bytes | None = None,
     ) -> None:
         self._cuda = cuda
         self._specs = {spec.name: spec for spec in (*inputs, *outputs)}
@@ -514,16 +582,26 @@ class FakeEngine:
         self._profiles = profiles
         self._late, self._host, self._aliases = late, host, dict(aliases or {})
         self._capturable = capturable
+        self._stripped = stripped
         self._logger: ILogger | None = None
         self._budget = 0
         self._contexts: weakref.WeakSet[FakeContext] = weakref.WeakSet()
         self.most_contexts: int | None = None
         self.lies: dict[str, int] = {}
-        """Methods of contexts that fail, by how many more calls go well."""
+        """Methods of contexts and refitters that fail, by how many more calls go well."""
 
     def _say(self, line: str) -> bool:
         if self._logger is not None:
             self._logger.log(Severity.ERROR, line)
+        return False
+
+    def _fails(self, method: str) -> bool:
+        if method in self.lies:
+            self.lies[method] -= 1
+            if self.lies[method] < 0:
+                del self.lies[method]
+                self._say(f"Error Code 9: planted in {method}")
+                return True
         return False
 
     def _compute(self, feeds: Feeds) -> dict[str, Array]:
@@ -570,6 +648,8 @@ class FakeEngine:
         return self._aliases.get(name)
 
     def create_execution_context(self, strategy: ExecutionContextAllocationStrategy) -> FakeContext | None:
+        if self._stripped is not None:
+            raise Fault("a context for a plan without its weights")
         if self.most_contexts is not None and len(self._contexts) >= self.most_contexts:
             self._say("Error Code 2: no memory for a context")
             return None
@@ -599,29 +679,19 @@ class FakeContext:
         self._generation = 0
         self._flushed = -1
 
-    def _fails(self, method: str) -> bool:
-        lies = self._engine.lies
-        if method in lies:
-            lies[method] -= 1
-            if lies[method] < 0:
-                del lies[method]
-                self._engine._say(f"Error Code 9: planted in {method}")
-                return True
-        return False
-
     def set_device_memory(self, memory: int, size: int) -> None:
         self._engine._cuda._find(memory, size)
         self._workspace = (memory, size)
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
-        if self._fails("set_optimization_profile_async"):
+        if self._engine._fails("set_optimization_profile_async"):
             return False
         assert 0 <= profile_index < len(self._engine._profiles)
         self._profile = profile_index
         return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        if self._fails("set_input_shape"):
+        if self._engine._fails("set_input_shape"):
             return False
         engine = self._engine
         assert name in engine._inputs and self._profile is not None
@@ -635,7 +705,7 @@ class FakeContext:
         return True
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
-        if self._fails("set_tensor_address"):
+        if self._engine._fails("set_tensor_address"):
             return False
         engine = self._engine
         assert name in engine._specs and memory
@@ -647,13 +717,13 @@ class FakeContext:
         return True
 
     def set_output_allocator(self, name: str, output_allocator: IOutputAllocator) -> bool:
-        if self._fails("set_output_allocator"):
+        if self._engine._fails("set_output_allocator"):
             return False
         self._allocators[name] = output_allocator
         return True
 
     def infer_shapes(self) -> list[str]:
-        if self._fails("infer_shapes"):
+        if self._engine._fails("infer_shapes"):
             raise RuntimeError("shapes do not fit")
         engine = self._engine
         missing = [
@@ -706,7 +776,7 @@ class FakeContext:
         return engine._compute(feeds)[name].nbytes
 
     def execute_async_v3(self, stream_handle: int) -> bool:
-        if self._fails("execute_async_v3"):
+        if self._engine._fails("execute_async_v3"):
             return False
         engine, cuda = self._engine, self._engine._cuda
         with cuda._lock:

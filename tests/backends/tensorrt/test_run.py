@@ -31,6 +31,7 @@ from compiler.backends.tensorrt import stepper as stepper_module
 from compiler.backends.tensorrt.profiles import choose_profile
 from compiler.backends.tensorrt.run import PlanRunner, open_plan
 from compiler.errors import BuildError
+from compiler.onnx_files import sha256_of
 from compiler.spec import Array, Dim, DimRange, Engine, Feeds, Platform, Precision, TensorSpec, dtype_of
 from tests.backends.tensorrt import fake_cuda
 from tests.backends.tensorrt.fake_cuda import FakeCuda, FakeEngine, FakeTrt, Fault, Range
@@ -64,6 +65,7 @@ class Bench:
         host: Sequence[str] = (),
         aliases: Mapping[str, str] | None = None,
         capturable: bool = True,
+        stripped: bytes | None = None,
     ) -> None:
         self.cuda = FakeCuda(seed, progress=progress, device_bytes=device_bytes)
         self.trt = FakeTrt()
@@ -77,6 +79,7 @@ class Bench:
             host=host,
             aliases=aliases,
             capturable=capturable,
+            stripped=stripped,
         )
         path = folder / "engine.plan"
         path.write_bytes(b"a plan")
@@ -1360,8 +1363,145 @@ def test_external_data_is_hashed_too(bench: Bench) -> None:
     )
     bench.engine = replace(bench.engine, external_data=(data,), sha256=hashlib.sha256(lines.encode()).hexdigest())
     bench.open().close()
+    assert bench.trt.gone == []  # nothing is refitted that has its weights
     data.write_bytes(b"other weights")
     assert "deserialising a plan runs native code" in refused(bench.open)
+
+
+def stripped_bench(folder: Path, beside: Sequence[str] = ("model.onnx", "data/model.onnx.data"), **more: Any) -> Bench:
+    """A plan without weights, and files beside it, of which the first is the ONNX file."""
+    bench = linear_bench(folder, options={"strip": "on"}, stripped=b"model.onnx", **more)
+    files = tuple(folder / name for name in beside)
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(file.name.encode())
+    bench.engine = replace(bench.engine, external_data=files, sha256=sha256_of(bench.engine.path, files))
+    return bench
+
+
+def test_a_plan_without_weights_gets_them_from_the_onnx_file_beside_it(tmp_path: Path) -> None:
+    bench = stripped_bench(tmp_path)
+    runner = bench.open(contexts=2)
+    assert bench.trt.gone == ["parser", "refitter"]
+    np.testing.assert_array_equal(runner.run(points(4))["y"], points(4)["x"] @ WEIGHT)
+    runner.close()
+    assert bench.left() == {}
+
+
+def test_planted_a_plan_without_weights_that_is_not_refitted_is_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = stripped_bench(tmp_path)
+    monkeypatch.setattr(run, "_refit", lambda engine, plan, trt, log: None)
+    with pytest.raises(Fault, match="a context for a plan without its weights"):
+        bench.open()
+
+
+def test_planted_a_parser_that_goes_too_early_is_caught(tmp_path: Path) -> None:
+    bench = stripped_bench(tmp_path)
+    log = contexts.Log(bench.trt)
+    refitter = bench.trt.Refitter(bench.plan, log.logger)
+    assert bench.trt.OnnxParserRefitter(refitter, log.logger).refit_from_file(str(tmp_path / "model.onnx"))
+    with pytest.raises(Fault, match="weights of a parser that is gone"):
+        refitter.refit_cuda_engine()
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "data/model.onnx.data"])
+def test_a_missing_file_beside_the_plan_is_named(tmp_path: Path, name: str) -> None:
+    bench = stripped_bench(tmp_path)
+    (tmp_path / name).unlink()
+    assert refused(bench.open) == (
+        f"engine.plan: {name}, which belongs to it, cannot be read (No such file or directory); it was expected beside the "
+        "plan. Build the engine again, or fetch the file again."
+    )
+    assert bench.trt.deserialised == []
+
+
+def test_weights_that_changed_are_never_parsed(tmp_path: Path) -> None:
+    bench = stripped_bench(tmp_path)
+    (tmp_path / "model.onnx").write_bytes(b"another")
+    assert "deserialising a plan runs native code" in refused(bench.open)
+    assert bench.trt.deserialised == []
+
+
+@pytest.mark.parametrize(("beside", "found"), [((), "nothing"), (("weights.bin",), "'weights.bin'")])
+def test_a_plan_without_weights_needs_the_onnx_file(tmp_path: Path, beside: Sequence[str], found: str) -> None:
+    bench = stripped_bench(tmp_path, beside)
+    assert refused(bench.open) == (
+        f"engine.plan: was built without weights, and beside it belongs {found}; the ONNX file that it was built from was "
+        "expected. Build the engine again."
+    )
+    assert bench.left() == {}
+
+
+REFIT = "engine.plan: was built without weights, and TensorRT {}; the ONNX file that it was built from was expected. "
+
+
+@pytest.mark.parametrize(
+    ("method", "doing", "words"),
+    [
+        (
+            "Refitter",
+            "makes no refitter for it",
+            "Error Code 9: planted in Refitter; factory function returned nullptr",
+        ),
+        (
+            "refit_from_file",
+            "cannot take its weights from model.onnx",
+            "Error Code 9: planted in refit_from_file",
+        ),
+        (
+            "refit_cuda_engine",
+            "cannot refit it with the weights of model.onnx",
+            "Error Code 9: planted in refit_cuda_engine",
+        ),
+    ],
+)
+def test_where_tensorrt_does_not_refit_its_words_are_said(tmp_path: Path, method: str, doing: str, words: str) -> None:
+    bench = stripped_bench(tmp_path)
+    bench.plan.lies[method] = 0
+    assert refused(bench.open) == REFIT.format(doing) + f"Build the engine again. Its own words: {words}"
+    assert bench.left() == {}
+    assert bench.trt.gone == ([] if method == "Refitter" else ["parser", "refitter"])
+
+
+def test_what_was_said_while_the_plan_was_opened_is_no_reason_of_the_refitter_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = stripped_bench(tmp_path)
+    deserialise = fake_cuda.FakeRuntime.deserialize_cuda_engine
+
+    def chatty(runtime: fake_cuda.FakeRuntime, serialized_engine: bytes) -> FakeEngine | None:
+        runtime._logger.log(fake_cuda.Severity.ERROR, "said before")
+        return deserialise(runtime, serialized_engine)
+
+    monkeypatch.setattr(fake_cuda.FakeRuntime, "deserialize_cuda_engine", chatty)
+    bench.plan.lies["refit_from_file"] = 0
+    assert refused(bench.open).endswith(" Its own words: Error Code 9: planted in refit_from_file")
+
+
+def test_where_the_parser_refuses_the_weights_its_errors_are_said(tmp_path: Path) -> None:
+    bench = stripped_bench(tmp_path)
+    bench.plan._stripped = b"another model"
+    assert refused(bench.open) == (
+        REFIT.format("cannot take its weights from model.onnx")
+        + "Build the engine again. Its own words: weights of 'w' have another count"
+    )
+    assert bench.left() == {}
+
+
+def test_what_refitting_raises_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = stripped_bench(tmp_path)
+
+    def broken(parser: object, model: str) -> bool:
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(fake_cuda.FakeOnnxParserRefitter, "refit_from_file", broken)
+    assert refused(bench.open) == (
+        REFIT.format("cannot take its weights from model.onnx") + "Build the engine again. Its own words: no such thing"
+    )
+    assert bench.left() == {}
+    assert sorted(bench.trt.gone) == ["parser", "refitter"]
 
 
 def test_a_missing_plan_is_refused(bench: Bench) -> None:
@@ -1704,6 +1844,8 @@ def test_every_call_to_tensorrt_exists() -> None:
         "context": trt.IExecutionContext,
         "runtime": trt.Runtime,
         "inspector": trt.EngineInspector,
+        "refitter": trt.Refitter,
+        "parser": trt.OnnxParserRefitter,
         "TensorIOMode": trt.TensorIOMode,
         "TensorLocation": trt.TensorLocation,
         "ExecutionContextAllocationStrategy": trt.ExecutionContextAllocationStrategy,
@@ -1715,6 +1857,8 @@ def test_every_call_to_tensorrt_exists() -> None:
     } - {"trt.__name__"}
     assert missing == set()
     assert {"create_execution_context", "num_io_tensors"} <= used["plan"]
+    assert used["refitter"] == {"refit_cuda_engine"}
+    assert used["parser"] == {"refit_from_file", "num_errors", "get_error"}
     assert {"execute_async_v3", "infer_shapes", "set_device_memory"} <= used["context"]
     assert set(contexts._DTYPES) <= set(trt.DataType.__members__)
 
@@ -1726,6 +1870,9 @@ def test_the_fake_has_nothing_that_tensorrt_lacks() -> None:
         (fake_cuda.FakeRuntime, trt.Runtime),
         (fake_cuda.FakeInspector, trt.EngineInspector),
         (fake_cuda.FakeEngine, trt.ICudaEngine),
+        (fake_cuda.FakeRefitter, trt.Refitter),
+        (fake_cuda.FakeOnnxParserRefitter, trt.OnnxParserRefitter),
+        (fake_cuda.FakeParserError, trt.ParserError),
     ]
     invented = {
         f"{fake.__name__}.{name}"
@@ -1740,6 +1887,9 @@ def test_the_fake_has_nothing_that_tensorrt_lacks() -> None:
                 continue
             accepted = set(re.findall(r"(\w+): ", getattr(real, name).__doc__))
             assert set(inspect.signature(method).parameters) - {"self"} <= accepted, name
+    for maker in ("Refitter", "OnnxParserRefitter"):
+        accepted = set(re.findall(r"(\w+): ", getattr(trt, maker).__init__.__doc__))
+        assert set(inspect.signature(getattr(FakeTrt, maker)).parameters) <= accepted, maker
     assert set(fake_cuda.DataType.__members__) <= set(trt.DataType.__members__)
 
 
