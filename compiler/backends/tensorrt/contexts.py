@@ -16,6 +16,7 @@ from compiler.backends.feeds import listed
 from compiler.backends.tensorrt.cuda import CudaLike
 from compiler.backends.tensorrt.log import shorten
 from compiler.backends.tensorrt.memory import Buffer
+from compiler.backends.tensorrt.options import RTX
 from compiler.backends.tensorrt.profiles import at
 from compiler.errors import BuildError
 from compiler.spec import DimRange, Engine, dtype_of
@@ -61,7 +62,13 @@ class Log:
 
 
 class Core:
-    """A deserialised plan, and what is asked of it once."""
+    """A deserialised plan, and what is asked of it once.
+
+    Where nobody asks for CUDA graphs or against them, they are captured, except for TensorRT for RTX with dynamic axes: it
+    runs slower kernels at first, and those that it compiles for a shape in the background would never get into a graph
+    that exists:
+    https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/inference-library/work-with-cuda-graphs.html
+    """
 
     def __init__(
         self,
@@ -72,13 +79,20 @@ class Core:
         *,
         log: Log | None = None,
         runtime: Any = None,
-        graphs: bool = True,
+        graphs: bool | None = None,
     ) -> None:
         self.where = engine.path.name
         self.plan, self.trt, self.cuda, self.log = plan, trt, cuda, log
         self._runtime = runtime
-        self.graphs = graphs
         self.notes: list[str] = []
+        self.graphs = graphs is not False
+        dynamic = any(isinstance(dim, str) for spec in engine.inputs for dim in spec.shape)
+        if graphs is None and engine.backend == RTX and dynamic:
+            self.graphs = False
+            self.notes.append(
+                "no CUDA graphs: TensorRT for RTX compiles faster kernels for a shape while it runs; a graph would keep the "
+                "slow ones"
+            )
         self.lock = threading.Lock()
         """Held while something is made from the plan, which may not happen twice at once."""
         self.profiles: tuple[Mapping[str, DimRange], ...] = engine.profiles or (engine.axes,)

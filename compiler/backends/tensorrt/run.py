@@ -31,11 +31,12 @@ _IN_FLIGHT = 3
 
 
 def open_plan(
-    engine: Engine, trt: Any, *, contexts: int = 1, graphs: bool = True, cuda: CudaLike | None = None
+    engine: Engine, trt: Any, *, contexts: int = 1, graphs: bool | None = None, cuda: CudaLike | None = None
 ) -> PlanRunner:
     """Open ``engine`` through the module ``trt`` (``tensorrt`` or ``tensorrt_rtx``).
 
-    ``contexts`` calls may run at once; ``graphs=False`` never captures a CUDA graph.
+    ``contexts`` calls may run at once. ``graphs`` says whether CUDA graphs are captured; None: wherever a graph is sure to
+    keep the best kernels, see `Core`.
 
     Raises:
         BuildError: the plan is missing or is not the one that was built, or it cannot run on this machine.
@@ -214,7 +215,7 @@ class PlanRunner:
         log: Any = None,
         runtime: Any = None,
         contexts: int = 1,
-        graphs: bool = True,
+        graphs: bool | None = None,
     ) -> None:
         self.inputs, self.outputs = engine.inputs, engine.outputs
         self._check = FeedCheck(engine.path.name, engine.inputs)

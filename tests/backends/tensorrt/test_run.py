@@ -102,7 +102,7 @@ class Bench:
             profiles=tuple(profiles) if len(profiles) > 1 else (),
         )
 
-    def open(self, *, contexts: int = 1, graphs: bool = True) -> PlanRunner:
+    def open(self, *, contexts: int = 1, graphs: bool | None = None) -> PlanRunner:
         return open_plan(self.engine, self.trt, contexts=contexts, graphs=graphs, cuda=self.cuda)
 
     def left(self) -> dict[str, int]:
@@ -546,6 +546,36 @@ def test_without_graphs_nothing_is_captured(bench: Bench) -> None:
     assert "begin_capture" not in bench.cuda.calls
     assert runner.notes == ()
     runner.close()
+
+
+FASTER_LATER = "no CUDA graphs: TensorRT for RTX compiles faster kernels for a shape while it runs; a graph would keep the slow ones"
+
+
+@pytest.mark.parametrize(
+    ("backend", "rows", "graphs", "captured", "notes"),
+    [
+        ("tensorrt", "batch", None, 1, ()),
+        ("tensorrt", 4, None, 1, ()),
+        ("tensorrt_rtx", "batch", None, 0, (FASTER_LATER,)),
+        ("tensorrt_rtx", "batch", True, 1, ()),
+        ("tensorrt_rtx", "batch", False, 0, ()),
+        ("tensorrt_rtx", 4, None, 1, ()),
+    ],
+)
+def test_no_graph_is_captured_where_kernels_get_faster_later(
+    tmp_path: Path, backend: str, rows: Dim, graphs: bool | None, captured: int, notes: tuple[str, ...]
+) -> None:
+    profiles = [{"batch": BATCH}] if rows == "batch" else ()
+    bench = Bench(tmp_path, [tensor("x", rows, 3)], [tensor("y", rows, 4)], linear, profiles=profiles)
+    bench.engine = replace(bench.engine, backend=backend)
+    runner = bench.open(graphs=graphs)
+    for seed in range(4):
+        feeds = points(4, seed)
+        np.testing.assert_array_equal(runner.run(feeds)["y"], feeds["x"] @ WEIGHT)
+    assert bench.cuda.calls.count("begin_capture") == captured
+    assert runner.notes == notes
+    runner.close()
+    assert bench.left() == {}
 
 
 def test_new_addresses_mean_a_new_graph(bench: Bench) -> None:
