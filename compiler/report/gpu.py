@@ -7,26 +7,10 @@ from typing import Any
 
 from compiler.report import _escape, _grid
 
-SPEED_HEADINGS = (
-    "candidate",
-    "host ms",
-    "speed-up",
-    "device ms",
-    "speed-up",
-    "over PyTorch's best",
-    "cosine",
-)
+SPEED_HEADINGS = ("candidate", "host ms", "speed-up", "device ms", "speed-up", "over PyTorch's best", "cosine")
 COST_HEADINGS = (
-    "candidate",
-    "mJ per inference",
-    "above idle",
-    "W",
-    "°C",
-    "SM MHz",
-    "GB/s",
-    "TFLOP/s",
-    "share of the roof",
-    "bound by",
+    *("candidate", "mJ per inference", "above idle", "W", "°C", "SM MHz"),
+    *("GB/s", "TFLOP/s", "share of the roof", "bound by"),
 )
 CEILING_NAMES = {
     "copy": "device memory, copy",
@@ -41,24 +25,21 @@ SHOWN = 6
 
 def markdown(content: Mapping[str, Any]) -> str:
     """The page; names and the libraries' own words are escaped. What is n/a has its reason in the last section."""
-    machine = content["machine"]
+    machine, recipes, finished = content["machine"], content["recipes"], content["finished"]
+    ended = "not finished: what follows is what was done until then" if finished is None else f"finished {finished}"
     parts = [
         f"# GPU report: {_escape(_gpu_name(machine))}",
-        f"Started {content['started']}, {_ended(content['finished'])}: {_escape(content['command'])}",
+        f"Started {content['started']}, {ended}: {_escape(content['command'])}",
         _machine_line(machine),
         "## Do TensorRT engines run here?",
         *_rtx(content["rtx"]),
         "## What this card gives",
         *_ceilings(content["ceilings"]),
-        *(line for recipe in _list(content["recipes"]) for line in _recipe(recipe)),
+        *(line for recipe in (recipes if isinstance(recipes, list) else ()) for line in _recipe(recipe)),
         "## Missing on this machine",
         _missing(content["missing"]),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _ended(finished: str | None) -> str:
-    return "not finished: what follows is what was done until then" if finished is None else f"finished {finished}"
 
 
 # --- the machine ----------------------------------------------------------------------------------------------------
@@ -79,12 +60,12 @@ def _of(value: Mapping[str, Any], *path: str) -> Any:
 
 
 def _machine_line(machine: Mapping[str, Any]) -> str:
-    memory = _of(machine, "gpu", "memory_bytes") or _of(machine, "cuda", "memory_bytes")
+    def either(name: str) -> Any:
+        return _of(machine, "gpu", name) or _of(machine, "cuda", name)
+
+    memory = either("memory_bytes")
     facts = [
-        (
-            "compute capability {}",
-            _of(machine, "gpu", "compute_capability") or _of(machine, "cuda", "compute_capability"),
-        ),
+        ("compute capability {}", either("compute_capability")),
         ("{:.1f} GiB", None if memory is None else memory / 2**30),
         ("driver {}", _of(machine, "gpu", "driver")),
         ("CUDA {}", _of(machine, "cuda", "cuda") or _of(machine, "gpu", "driver_cuda")),
@@ -100,9 +81,8 @@ def _machine_line(machine: Mapping[str, Any]) -> str:
         ("{}", _of(machine, "os")),
         ("{} cores", _of(machine, "cores")),
     ]
-    return (
-        _escape("; ".join([_gpu_name(machine), *(form.format(fact) for form, fact in facts if fact is not None)])) + "."
-    )
+    told = [form.format(fact) for form, fact in facts if fact is not None]
+    return _escape("; ".join([_gpu_name(machine), *told])) + "."
 
 
 def _switch(value: bool | None) -> str | None:
@@ -151,30 +131,19 @@ def _ceilings(ceilings: Mapping[str, Any]) -> Iterator[str]:
 def _ceiling(label: str, found: Mapping[str, Any], key: str, unit: str) -> list[str]:
     if "missing" in found:
         return [label, NOTHING, "", "", "", ""]
-    seen = found.get("conditions") or _best_size(found).get("conditions") or {}
+    measured = [one for one in found.get("sizes", {}).values() if key in one]
+    best: Mapping[str, Any] = max(measured, key=lambda one: float(one[key]), default={})
+    seen = found.get("conditions") or best.get("conditions") or {}
     return [
         label,
         f"{_short(found[key])} {unit}",
         f"[{_short(found['low'])}, {_short(found['high'])}]",
-        *_conditions(seen),
+        *(f"{seen[name]['median']:.0f}" if name in seen else "" for name in ("power_w", "sm_mhz")),
         ", ".join(seen.get("throttle", ())),
     ]
 
 
-def _best_size(found: Mapping[str, Any]) -> Mapping[str, Any]:
-    measured = [one for one in found.get("sizes", {}).values() if "tflops" in one]
-    return max(measured, key=lambda one: float(one["tflops"]), default={})
-
-
-def _conditions(seen: Mapping[str, Any]) -> list[str]:
-    return [f"{seen[name]['median']:.0f}" if name in seen else "" for name in ("power_w", "sm_mhz")]
-
-
 # --- recipes --------------------------------------------------------------------------------------------------------
-
-
-def _list(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list) else []
 
 
 def _recipe(recipe: Mapping[str, Any]) -> Iterator[str]:
@@ -205,15 +174,12 @@ def _batch(batch: Mapping[str, Any]) -> Iterator[str]:
         *(
             f"{candidate['candidate']}: {note}"
             for candidate in candidates
-            for note in (*candidate["notes"], *_list_of(candidate.get("roofline", {}).get("note")))
+            for note in (*candidate["notes"], candidate.get("roofline", {}).get("note"))
+            if note is not None
         ),
     ]
     if notes:
         yield "\n".join(f"- {_escape(note)}" for note in notes)
-
-
-def _list_of(note: str | None) -> list[str]:
-    return [] if note is None else [note]
 
 
 def _label(candidate: Mapping[str, Any]) -> str:
@@ -258,18 +224,16 @@ def _cost_row(candidate: Mapping[str, Any]) -> list[str]:
     energy, roof = candidate.get("energy", {}), candidate.get("roofline", {})
     above = energy.get("joules_per_inference_above_idle")
     seen = energy.get("conditions", {})
-    warm = f"{seen['temperature_c']['max']}" if "temperature_c" in seen else NOTHING
-    clock = f"{seen['sm_mhz']['median']:.0f}" if "sm_mhz" in seen else NOTHING
     cells = [
         _label(candidate),
-        NOTHING if "watts" not in energy else _short(1e3 * energy["joules_per_inference"]),
+        _short(1e3 * energy["joules_per_inference"]) if "watts" in energy else NOTHING,
         _short(1e3 * above) if isinstance(above, float) else NOTHING,
-        NOTHING if "watts" not in energy else f"{energy['watts']:.0f}",
-        warm,
-        clock,
+        f"{energy['watts']:.0f}" if "watts" in energy else NOTHING,
+        f"{seen['temperature_c']['max']}" if "temperature_c" in seen else NOTHING,
+        f"{seen['sm_mhz']['median']:.0f}" if "sm_mhz" in seen else NOTHING,
     ]
     if "fraction" not in roof:
-        return [*cells, NOTHING, NOTHING, NOTHING, NOTHING]
+        return [*cells, *[NOTHING] * 4]
     return [*cells, _short(roof["gb_s"]), _short(roof["tflops"]), f"{roof['fraction']:.2%}", roof["binds"]]
 
 
