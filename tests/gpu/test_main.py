@@ -28,11 +28,13 @@ class Family:
     def __init__(self, path: Path, dies: str = "", machine: Mapping[str, Any] = MACHINE) -> None:
         self.path, self.dies, self.machine = path, dies, machine
         self.jobs: list[str] = []
+        self.limits_s: list[float] = []
         self.saved: list[Any] = []
 
     def __call__(self, job: Any, limit_s: float, on_value: Callable[[Any], None]) -> str | None:
         name = job.get("flavour") or Path(job.get("recipe", job["part"])).stem
         self.jobs.append(name)
+        self.limits_s.append(limit_s)
         values = {
             "machine": self.machine,
             "ceilings": CEILINGS,
@@ -70,6 +72,8 @@ class TestMeasure:
         assert list(content) == [
             *("schema", "started", "finished", "command", "machine", "rtx", "ceilings", "recipes", "missing")
         ]
+        # Recipes share what is left of an hour.
+        assert family.limits_s == [60, 120, 120, 180, pytest.approx(1800, rel=0.1), pytest.approx(3600, rel=0.1)]
         assert [one["name"] for one in content["recipes"]] == ["one", "two"]
         assert content["finished"] is not None
         # What was on disk while the last child ran: everything before it, and that the run is not over.
