@@ -26,7 +26,8 @@ def load(
 
     Args:
         folder: ``dist/<name>``.
-        engine: its name; default: of those that passed their gates, the fastest at the smallest batch size.
+        engine: its name; default: of those that passed their gates, the fastest at the smallest batch size; where none
+            did, the first that was built ahead of time for a machine like this one.
         threads: CPU threads; 0: all that this process may use.
         allow_failed: also take an engine that missed a gate.
 

@@ -540,12 +540,19 @@ def check_platform(engine: Engine, here: Platform) -> None:
     if (gpu := built.gpu) is not None and engine.backend == "tensorrt" and gpu != here.gpu:
         level = engine.options.get("hardware_compatibility", "none")
         same = built.compute_capability == here.compute_capability
-        if here.gpu is None or level == "none" or (level == "same_compute_capability" and not same):
+        older = _numbers(here.compute_capability or "0") < (8, 0)
+        if level == "none" or (level == "same_compute_capability" and not same) or (level == "ampere_plus" and older):
             raise ArtifactError(
                 f"{engine.path}: engine '{engine.name}' was built on {gpu} (compute capability {built.compute_capability}); "
                 f"this machine has {here.gpu or 'no GPU'}. Build it on a machine like this one, or with [tensorrt] "
                 "hardware_compatibility."
             )
+    targets = engine.options.get("compute_capabilities", "")
+    if targets and here.compute_capability not in targets.split(", "):
+        raise ArtifactError(
+            f"{engine.path}: engine '{engine.name}' was built for compute capability {targets}; this machine has "
+            f"{here.compute_capability or 'no GPU'}. Build it for this one."
+        )
     judged_on = _newest(built.packages, engine.backend)
     installed = _newest(here.packages, engine.backend)
     if (
@@ -556,7 +563,7 @@ def check_platform(engine: Engine, here: Platform) -> None:
     ):
         raise ArtifactError(
             f"{engine.path}: engine '{engine.name}' was built by {' '.join(judged_on)}, and a plan runs in that version alone; "
-            f"found {' '.join(installed)}. Install {judged_on[1]}, or build it with [tensorrt] version_compatible = true."
+            f"found {' '.join(installed)}. Install {judged_on[1]}, or build it again."
         )
     if judged_on and installed and _numbers(installed[1]) < _numbers(judged_on[1]):
         raise ArtifactError(
@@ -582,8 +589,8 @@ def _newest(packages: Mapping[str, str], backend: str) -> tuple[str, str] | None
 
 
 def _family(package: str) -> str:
-    """``onnxruntime-gpu`` and ``onnxruntime`` are one runtime in two packages."""
-    return package.split("-")[0]
+    """``onnxruntime-gpu`` and ``onnxruntime`` are one runtime in two packages; TensorRT for RTX numbers its own releases."""
+    return "tensorrt_rtx" if package in ("tensorrt-rtx", "tensorrt_rtx") else package.split("-")[0]
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -328,6 +328,10 @@ def _read(path: Path) -> str:
         raise RecipeError(f"{path}: cannot be read: {exc.strerror}.") from exc
 
 
+_LISTS = ("engines", "gates")
+"""Tables of a recipe of which there may be several."""
+
+
 def _override(values: dict[str, Any], override: str) -> list[tuple[str | int, ...]]:
     """Apply one ``--set``; the value is TOML, or else a bare string. ``engines.key=value`` sets it in every engine.
 
@@ -343,6 +347,12 @@ def _override(values: dict[str, Any], override: str) -> list[tuple[str | int, ..
     except (ValueError, RecursionError):
         value = raw.strip()
     table = values.get(names[0])
+    listed = names[0] in _LISTS and len(names) > 1
+    if listed and not table:
+        raise RecipeError(
+            f"--set {override}: the recipe has no [[{names[0]}]]; at least one was expected. Add it to the file, or set all "
+            f"of them: {names[0]}=[{{...}}]."
+        )
     if len(names) > 1 and isinstance(table, list) and not names[1].isdecimal():
         return [_set(values, [names[0], str(index), *names[1:]], value, override) for index in range(len(table))]
     return [_set(values, names, value, override)]
@@ -393,6 +403,10 @@ def _decode(value: Any, kind: Any, path: tuple[str | int, ...], problems: list[_
         return tuple(_decode(item, arguments[0], (*path, index), problems) for index, item in enumerate(value))
     if origin is tuple and get_origin(arguments[0]) is Literal and isinstance(value, list):
         return tuple(_decode(item, arguments[0], path, problems) for item in value)
+    if origin is tuple and get_origin(arguments[0]) is dict and isinstance(value, list):
+        return tuple(_decode(item, arguments[0], (*path, index), problems) for index, item in enumerate(value))
+    if kind is DimRange:
+        return _decode_range(value, path, problems)
     try:
         converted = msgspec.convert(value, kind)
     except msgspec.ValidationError as exc:
@@ -402,6 +416,20 @@ def _decode(value: Any, kind: Any, path: tuple[str | int, ...], problems: list[_
         problems.append(_Problem(path, f"found {_show(value)}; a finite number was expected."))
         return None
     return converted
+
+
+def _decode_range(value: Any, path: tuple[str | int, ...], problems: list[_Problem]) -> DimRange | None:
+    keys = ("min", "opt", "max")
+    if not isinstance(value, dict):
+        problems.append(
+            _Problem(path, f"found {_show(value)}; a range was expected, {{ min = 1, opt = 8, max = 64 }}.")
+        )
+        return None
+    before = len(problems)
+    problems.extend(_Problem((*path, key), f"unknown key; {suggest(key, keys)}") for key in value if key not in keys)
+    sizes = {key: _decode(value[key], int, (*path, key), problems) for key in keys if key in value}
+    problems.extend(_Problem(path, f"{key} is missing. Add it.") for key in keys if key not in value)
+    return DimRange(**sizes) if len(problems) == before else None
 
 
 def _decode_table(value: Any, kind: type[Struct], path: tuple[str | int, ...], problems: list[_Problem]) -> Any:
@@ -595,6 +623,12 @@ def _check_tensorrt(recipe: Recipe) -> Iterator[_Problem]:
                     f"{span.min} to {span.max} is not inside the range of the axis in [axes], {axis.min} to {axis.max}.",
                 )
     yield from _check_profiles_cover(recipe)
+    if section != TensorRTSection() and all(engine.backend == "onnxruntime" for engine in recipe.engines):
+        yield _Problem(
+            ("tensorrt",), "no engine is built by TensorRT: each has backend = 'onnxruntime'. Remove the table."
+        )
+    if section.profiles and not recipe.axes:
+        yield _Problem(("tensorrt", "profiles"), "the model has no dynamic axis for them to be about. Remove them.")
     for engine in recipe.engines:
         if engine.backend in ("auto", "onnxruntime"):
             continue
@@ -622,13 +656,27 @@ def _check_profiles_cover(recipe: Recipe) -> Iterator[_Problem]:
                 f"together they take axis '{name}' from {low} to {high}; [axes] says {axis.min} to {axis.max}. "
                 "Widen a profile, or narrow the axis.",
             )
-        timed = recipe.batches if name == batch_axis(recipe.inputs) else ()
-        for size in timed:
-            if not any(span.min <= size <= span.max for span in spans):
-                yield _Problem(
-                    ("tensorrt", "profiles"),
-                    f"batch {size} is timed, and no profile takes it. Widen one, or leave it out of latency.batches.",
-                )
+    yield from _check_profiles_take(recipe)
+
+
+def _check_profiles_take(recipe: Recipe) -> Iterator[_Problem]:
+    """What is most used must be inside one and the same profile: the optimum of every axis, and each batch that is timed."""
+    batch = batch_axis(recipe.inputs)
+    if any(name not in profile for profile in recipe.tensorrt.profiles for name in recipe.axes):
+        return  # said already
+    opt = {name: axis.opt for name, axis in recipe.axes.items()}
+    points = [opt, *({**opt, batch: size} for size in recipe.batches if batch is not None)]
+    for point in points:
+        taken = any(
+            all(profile[name].min <= size <= profile[name].max for name, size in point.items())
+            for profile in recipe.tensorrt.profiles
+        )
+        if recipe.tensorrt.profiles and not taken:
+            sizes = ", ".join(f"{name} {size}" for name, size in point.items())
+            yield _Problem(
+                ("tensorrt", "profiles"), f"none takes {sizes}, which [axes] and [latency] say is used most. Widen one."
+            )
+            return
 
 
 def _capability(engine: EngineSection) -> tuple[str, str]:

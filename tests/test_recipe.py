@@ -60,7 +60,7 @@ def test_every_mistake_is_named_at_once_with_its_line(tmp_path: Path) -> None:
         "r.toml:4: [model] sorce: unknown key; did you mean 'source'?",
         "r.toml:3: [model] source: missing; it has no default. Add it.",
         "r.toml:8: [model.inputs.x] dtype: found 'flot32'; expected one of float32, float64, float16, int64, int32, int16, int8, uint8, bool. Did you mean 'float32'?",
-        "r.toml:11: [axes] batch: found a table at opt; expected a whole number.",
+        "r.toml:11: [axes.batch] opt: found 'x'; expected a whole number.",
         "r.toml:14: [engines #1] precision: found 'fp61'; expected one of fp32, fp16, bf16, int8, fp8, int4. Did you mean 'fp16'?",
         "r.toml:18: [engines #2] keep: found 'a'; expected a list.",
         "r.toml:22: [quantize] metod: unknown key; did you mean 'method'?",
@@ -119,7 +119,10 @@ def test_the_message_of_one_mistake(tmp_path: Path, change: tuple[str, str], mes
         ('[[tensorrt.profiles]]\nbatch = {min = 1, opt = 80, max = 64}', "r.toml:13: [tensorrt.profiles #1] batch: min 1, opt 80, max 64; min <= opt <= max was expected."),
         ('[[tensorrt.profiles]]\nbatch = {min = 1, opt = 8, max = 65}', "r.toml:13: [tensorrt.profiles #1] batch: 1 to 65 is not inside the range of the axis in [axes], 1 to 64."),
         ('[[tensorrt.profiles]]\nbatch = {min = 1, opt = 8, max = 8}', "r.toml:12: [tensorrt] profiles: together they take axis 'batch' from 1 to 8; [axes] says 1 to 64. Widen a profile, or narrow the axis."),
-        ('[[tensorrt.profiles]]\nbatch = {min = 1, opt = 1, max = 1}\n[[tensorrt.profiles]]\nbatch = {min = 16, opt = 16, max = 64}', "r.toml:12: [tensorrt] profiles: batch 8 is timed, and no profile takes it. Widen one, or leave it out of latency.batches."),
+        ('[[tensorrt.profiles]]\nbatch = {min = 1, opt = 1, max = 1}\n[[tensorrt.profiles]]\nbatch = {min = 16, opt = 16, max = 64}', "r.toml:12: [tensorrt] profiles: none takes batch 8, which [axes] and [latency] say is used most. Widen one."),
+        ('[[tensorrt.profiles]]\nbatch = {min = 1, opt = 8, maxx = 64}', "r.toml:13: [tensorrt.profiles #1.batch] maxx: unknown key; did you mean 'max'?\nr.toml:13: [tensorrt.profiles #1] batch: max is missing. Add it."),
+        ('[[tensorrt.profiles]]\nbatch = 8', "r.toml:13: [tensorrt.profiles #1] batch: found 8; a range was expected, { min = 1, opt = 8, max = 64 }."),
+        ('[[engines]]\nprecision = "int8"\nbackend = "onnxruntime"\n[tensorrt]\ntf32 = true', "r.toml:15: tensorrt: no engine is built by TensorRT: each has backend = 'onnxruntime'. Remove the table."),
         ('[[engines]]\nprecision = "fp8"\nbackend = "tensorrt_rtx"\n[tensorrt]\ncompute_capabilities = ["8.6"]', "r.toml:16: [tensorrt] compute_capabilities: 8.6 asked, but engine 'fp8' needs 8.9 or later for FP8. Remove the target, or build engine 'fp8' in another recipe."),
         ('[[engines]]\nprecision = "int8"\nrest = "bf16"\nbackend = "tensorrt_rtx"\n[tensorrt]\ncompute_capabilities = ["7.5", "8.0"]', "r.toml:17: [tensorrt] compute_capabilities: 7.5 asked, but engine 'int8' needs 8.0 or later for BF16. Remove the target, or build engine 'int8' in another recipe."),
         ('[quantize]\npercentile = 3.0', "r.toml:13: [quantize] percentile: found 3.0; expected a number > 50.0."),
@@ -157,6 +160,10 @@ def test_overrides_win_and_are_named_in_messages(tmp_path: Path) -> None:
     both = _write(tmp_path, engines + '[[engines]]\nprecision = "fp32"\n')
     named = [engine.backend for engine in recipe.load(both, ["engines.backend=tensorrt_rtx"]).engines]
     assert named == ["tensorrt_rtx", "tensorrt_rtx"]
+    assert _error(tmp_path, MINIMAL, "engines.backend=tensorrt_rtx") == (
+        "--set engines.backend=tensorrt_rtx: the recipe has no [[engines]]; at least one was expected. Add it to the file, or "
+        "set all of them: engines=[{...}]."
+    )
     assert _error(tmp_path, engines, "engines.backend=rtx") == (
         "--set engines.0.backend: found 'rtx'; expected one of auto, onnxruntime, tensorrt, tensorrt_rtx."
     )

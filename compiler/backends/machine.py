@@ -15,6 +15,9 @@ from pathlib import Path
 from compiler import source
 from compiler.spec import Platform
 
+CUDA_ORDER = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+"""For the environment of what loads CUDA: its own order is by speed, and not that of `gpu`."""
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -27,11 +30,16 @@ class Gpu:
 
 @functools.cache
 def gpu() -> Gpu | None:
-    """The first NVIDIA GPU, or None; asked of the driver's own tool, since loading CUDA takes seconds."""
+    """The first NVIDIA GPU that CUDA may use, or None; asked of the driver's own tool, since loading CUDA takes seconds.
+
+    Its order is that of the bus; `CUDA_ORDER` makes CUDA number its devices so.
+    """
     tool = shutil.which("nvidia-smi")
-    if tool is None:
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    first = allowed.split(",")[0].strip() if allowed is not None else "0"
+    if tool is None or first in ("", "-1"):
         return None
-    query = [tool, "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
+    query = [tool, f"--id={first}", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
         name, compute_capability, driver = next(csv.reader(done.stdout.splitlines(), skipinitialspace=True))

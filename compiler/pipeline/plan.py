@@ -25,9 +25,7 @@ STAND_IN = "onnxruntime"
 """The back end that runs the same ONNX file where an engine cannot run."""
 
 _BUILD_KEYS = tuple(
-    key
-    for key in TensorRTSection.__struct_fields__
-    if key not in ("limit_s", "limit_mib", "ahead_of_time", "timing_cache")
+    key for key in TensorRTSection.__struct_fields__ if key not in ("limit_s", "limit_mib", "ahead_of_time")
 )
 """Keys of ``[tensorrt]`` that change what is built."""
 
@@ -221,16 +219,21 @@ def make(
                 {"section": _quantize_section(recipe, engine), "engine": msgspec.to_builtins(engine)},
                 engine,
             )
-        name, _ = chosen[engine.label]
-        section = {} if name == STAND_IN else {key: plain["tensorrt"][key] for key in _BUILD_KEYS}
-        built[engine.label] = add(
-            "build",
-            {"model": ready},
-            {"backend": name, "threads": threads, "section": section, **backends.get(name).fingerprint()},
-            engine,
-        )
+        name, reason = chosen[engine.label]
+        # An engine carries its name and the reason for its back end.
+        parts: dict[str, Any] = {
+            "name": engine.label,
+            "reason": reason,
+            "backend": name,
+            **backends.get(name).fingerprint(),
+        }
+        if name == STAND_IN:
+            parts["threads"] = threads
+        else:
+            parts["section"] = {key: plain["tensorrt"][key] for key in _BUILD_KEYS}
+        built[engine.label] = add("build", {"model": ready}, parts, engine)
         if backends.get(name).cannot_run() is not None:
-            parts = {"backend": STAND_IN, "threads": threads, **backends.get(STAND_IN).fingerprint()}
+            parts = {"name": engine.label, "for": name, "threads": threads, **backends.get(STAND_IN).fingerprint()}
             stand_ins[engine.label] = add("stand_in", {"model": ready}, parts, engine)
     for engine in recipe.engines:
         needs = {"engine": built[engine.label], "data": data, "original": reference}

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from compiler import codec, errors
+from compiler.backends.machine import CUDA_ORDER
 from compiler.errors import BuildEngineError
 from compiler.pipeline.plan import STAGES, Plan, Step, usable_threads
 from compiler.pipeline.store import Store
@@ -33,11 +34,12 @@ from compiler.spec import Engine, Interface
 TOOK = "took.json"
 _LOG_LINES_SHOWN = 5
 _GRACE_S = 3.0
+"""Seconds between asking a child to end and ending it."""
 _WATCH_S = 0.2
+"""Seconds between two looks at a child that has limits."""
 
 CACHES = "caches"
 """Folder of the store in which back ends keep what speeds up their next build."""
-"""Seconds between asking a child to end and ending it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +109,7 @@ def execute(
     for step in plan.steps:
         # An engine's own step falls with what it needs; a step for all engines goes on with those that are left.
         needs = {name: id for name, id in step.needs.items() if id in finished.values}
-        if step.engine is not None and needs != step.needs:
+        if step.engine is not None and (needs != step.needs or step.engine in finished.failures):
             continue
         if step.stage == "latency" and finished.failures and not any(name.startswith("engine:") for name in needs):
             continue
@@ -205,6 +207,7 @@ def _run_child(step: Step, job: dict[str, Any], log_path: Path, watcher: Watcher
                 # Threads that wait by spinning take the cores from whoever else works on this machine. It makes small
                 # operators a little faster, so where time is measured the user's own setting stands.
                 **({} if step.stage == "latency" else {"OMP_WAIT_POLICY": "PASSIVE"}),
+                **CUDA_ORDER,
                 **os.environ,
                 "PYTHONHASHSEED": "0",
                 "PYTHONUNBUFFERED": "1",
@@ -229,7 +232,7 @@ def _run_child(step: Step, job: dict[str, Any], log_path: Path, watcher: Watcher
                 child.wait()
         finally:
             _end_group(child)
-    if guard.ended is not None:
+    if guard.ended is not None and not (end and end.get("result")):
         raise errors.BY_NAME[STAGES[step.stage].error](
             f"step {step.id}: {guard.ended} Its log is {log_path}{_tail(log_path)}"
         )
@@ -295,7 +298,7 @@ class _Guard:
         if limit_s is not None and seconds > limit_s:
             return (
                 f"ended after {seconds:.0f} s; at most {limit_s} s were expected ([tensorrt] limit_s). Raise the limit, or "
-                "lower [tensorrt] optimization_level."
+                "build a smaller model."
             )
         used_mib = _resident_mib(self._child.pid) if limit_mib is not None else 0
         if limit_mib is not None and used_mib > limit_mib:

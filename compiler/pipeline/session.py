@@ -227,7 +227,7 @@ def conclude(recipe: recipes.Recipe, plan: plans.Plan, finished: Any, options: O
         # The verdict is what a pipeline waits for: a full disk must not hide it.
         out.print(f"warning: the report could not be written: {lost.message}", style="yellow")
         return code
-    if any(score.stand_in for score in scores.values()):
+    if outcome in (Outcome.INCONCLUSIVE, Outcome.DEFERRED) and any(score.stand_in for score in scores.values()):
         todo = f"To complete the evidence, on the target: build-engine verify {folder} --recipe RECIPE"
         if not recipe.tensorrt.ahead_of_time:
             todo += "\nTo leave that to the target and pass here: [tensorrt] ahead_of_time = true"
@@ -284,6 +284,7 @@ def _validate_again(manifest: artifact.Manifest, recipe_path: Path, overrides: t
             raise BackendUnavailableError(
                 f"{engine.path}: engine '{engine.name}' of {engine.backend} cannot run here: {reason}. Verify it on its target."
             )
+        artifact.check_platform(engine, backends.get(engine.backend).platform())
     out = console.make()
     with Store.open() as known, Store.temporary(older=known.root) as store:
         plan = plans.for_engines(

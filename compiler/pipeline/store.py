@@ -9,6 +9,7 @@ Layout, all of it private to its owner::
     runs/<id>.json     the keys that a build uses; alive while runs/<id>.lock is held
     quarantine/        entries that were not what had been written, kept for a look until space is needed
     logs/<key>.log     output of steps that failed
+    caches/            what back ends keep to build faster, such as timings of TensorRT's tactics; theirs, and never evicted
     memo.json          hashes of the user's files by size, time and inode
 
 Why a folder per step and no pool of blobs shared by steps: steps hand folders to native code, which wants real paths, and

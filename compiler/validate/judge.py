@@ -77,7 +77,10 @@ def judge(
     sizes = {engine.name: engine.size_bytes for engine in engines} | {"original": original_size_bytes}
     sizes |= {estimates.EAGER: original_size_bytes, estimates.COMPILED: original_size_bytes}
     unseen = Outcome.DEFERRED if ahead_of_time else Outcome.INCONCLUSIVE
-    return tuple(_judge_engine(gates, engine, scores[engine.name], timed, sizes, unseen) for engine in engines)
+    elsewhere = frozenset(name for name, found in scores.items() if found.stand_in is not None)
+    return tuple(
+        _judge_engine(gates, engine, scores[engine.name], timed, sizes, elsewhere, unseen) for engine in engines
+    )
 
 
 def worst(outcomes: Iterable[Outcome]) -> Outcome:
@@ -156,15 +159,18 @@ def _judge_engine(
     scores: Scores,
     latencies: Sequence[Latency],
     sizes: Mapping[str, int],
+    elsewhere: frozenset[str],
     unseen: Outcome,
 ) -> Verdict:
     finite = _finite(scores)
+    if scores.stand_in is not None:
+        finite = replace(finite, reason=f"{finite.reason} (the same ONNX file in {scores.stand_in.backend})")
     results = [_result(engine, FINITE, "outputs are finite", finite)]
     if scores.stand_in is not None:
         results.append(_result(engine, RAN, "runs on its target", _not_run(scores.stand_in, unseen)))
     for gate in _gates_of(gates, engine, latencies):
-        if gate.metric in SPEED_METRICS and scores.stand_in is not None:
-            finding = _Finding(outcome=unseen, reason="not timed: it was not run here")
+        if gate.metric in SPEED_METRICS and (unrun := {engine.name, gate.against} & elsewhere):
+            finding = _Finding(outcome=unseen, reason=f"not timed: '{min(unrun)}' was not run here")
         elif gate.metric in SPEED_METRICS:
             finding = _latency(gate, engine.name, latencies)
         elif gate.metric in SIZE_METRICS:

@@ -7,9 +7,9 @@ answer at once.
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +23,17 @@ from compiler.backends.tensorrt import options
 from compiler.backends.tensorrt.api import drive
 from compiler.errors import BuildError
 from compiler.recipe import COMPUTE_CAPABILITIES, TensorRTSection
-from compiler.spec import Engine, OnnxModel, Platform, Precision, PrecisionProof, Progress, Runner, no_progress
+from compiler.spec import (
+    DimRange,
+    Engine,
+    OnnxModel,
+    Platform,
+    Precision,
+    PrecisionProof,
+    Progress,
+    Runner,
+    no_progress,
+)
 
 if TYPE_CHECKING:
     from compiler.backends.tensorrt.precision import Asked
@@ -59,7 +69,7 @@ class TensorRT:
         release = next(
             (name for name in _OLDEST_DRIVER if any(name in package for package in self._installed())), "cu13"
         )
-        if int(gpu.driver.split(".")[0]) < _OLDEST_DRIVER[release]:
+        if _major(gpu.driver) < _OLDEST_DRIVER[release]:
             return (
                 f"the NVIDIA driver is {gpu.driver}; {_OLDEST_DRIVER[release]} or later was expected for CUDA "
                 f"{release.removeprefix('cu')}. Update the driver"
@@ -77,7 +87,8 @@ class TensorRT:
         return options.refused(section, self.NAME, gpu=machine.gpu() is not None)
 
     def fingerprint(self) -> Mapping[str, str]:
-        gpu = machine.gpu() if self.NAME != options.RTX else None  # kernels of the other flavour are chosen later
+        # Where it runs, kernels are chosen for this GPU, and what is built is tried on it; where not, nothing depends on one.
+        gpu = machine.gpu() if self.cannot_run() is None else None
         return {
             **self._installed(),
             **source.versions(("polygraphy", "onnx-ir")),
@@ -112,7 +123,7 @@ class TensorRT:
         section = section or TensorRTSection()
         started = time.perf_counter()
         if self.cannot_run() is not None:
-            _check_probe(model, builds.PLAN)
+            _check_probe(model, builds.profiles_of(model, section), builds.PLAN)
         drive(self.module)
         wanted, stored_bytes = precision.asked(model.path)
         keeps_timings = self.NAME != options.RTX and caches is not None and section.timing_cache is not False
@@ -128,7 +139,8 @@ class TensorRT:
         proof = precision.prove_network(
             wanted,
             built.layers,
-            weight_bytes=built.weight_bytes,
+            # TensorRT proper may hold a weight in the layouts of several kernels: how many bytes it takes proves nothing there.
+            weight_bytes=built.weight_bytes if self.NAME == options.RTX else None,
             weight_bytes_alone=built.weight_bytes_alone,
             expected_weight_bytes=stored_bytes,
         )
@@ -150,7 +162,11 @@ class TensorRT:
             options=built.options,
             external_data=beside,
             profiles=builds.profiles_of(model, section),
-            notes=(*model.notes, *builds.warnings_worth_showing(built.warnings)),
+            notes=(
+                *model.notes,
+                *builds.left_out(model, section),
+                *builds.warnings_worth_showing(built.warnings),
+            ),
         )
         if self.cannot_run() is None:
             proof = self._try(engine, model, wanted, proof)
@@ -199,8 +215,8 @@ class TensorRT:
             )
         if not found:
             return f"the Python package 'tensorrt' is not installed; it comes from NVIDIA: {_INSTALL}"
-        version = importlib.metadata.version("tensorrt")
-        if int(version.split(".")[0]) >= OLDEST:
+        version = next(iter(self._installed().values()), "")
+        if not version or _major(version) >= OLDEST:
             return None
         return (
             f"TensorRT {version} is installed; {OLDEST} or later was expected: up to 10 the builder may leave the "
@@ -225,15 +241,24 @@ def _has_cuda_bindings() -> bool:
         return False
 
 
-def _check_probe(model: OnnxModel, where: str) -> None:
+def _major(version: str) -> int:
+    """The first number of a version; 0 of a text that has none."""
+    number = re.match(r"\d+", version)
+    return int(number[0]) if number else 0
+
+
+def _check_probe(model: OnnxModel, profiles: Sequence[Mapping[str, DimRange]], where: str) -> None:
     """What running the probe would find of its names, types and shapes, where it cannot be run."""
     import numpy as np
 
     from compiler.backends.feeds import FeedCheck
+    from compiler.backends.tensorrt.profiles import choose_profile
 
     if model.probe is not None:
         with np.load(model.probe) as probe:
-            FeedCheck(where, model.inputs)({name: probe[name] for name in probe.files})
+            sizes = FeedCheck(where, model.inputs)({name: probe[name] for name in probe.files})
+        if profiles:
+            choose_profile(where, profiles, sizes)
 
 
 def _judged(proof: PrecisionProof, model: OnnxModel, section: TensorRTSection) -> list[str]:
@@ -247,8 +272,12 @@ def _judged(proof: PrecisionProof, model: OnnxModel, section: TensorRTSection) -
     said = precision.summary(proof, model.precision)
     if not precision.covers(proof, model.precision):
         raise BuildError(
-            f"{model.path.name}: {said}: none of them is; at least one was expected. Keep fewer layers "
-            "(engines.keep), or build another precision."
+            f"{model.path.name}: {said}: none of them is; at least one was expected. "
+            + (
+                "Build another precision."
+                if model.precision is Precision.FP32
+                else "Keep fewer layers (engines.keep), or build another precision."
+            )
         )
     if not proof.departures:
         return [f"precision: {said}"]
@@ -257,8 +286,10 @@ def _judged(proof: PrecisionProof, model: OnnxModel, section: TensorRTSection) -
     ]
     if section.departures == "refuse":
         raise BuildError(
-            f"{model.path.name}: {said}; every layer in the precision that the model asks for was expected. Keep these "
-            'layers out (engines.keep), or accept them with [tensorrt] departures = "report".\n' + "\n".join(listed)
+            f"{model.path.name}: {said}; every layer in the precision that the model asks for was expected. "
+            + ("Accept" if model.precision is Precision.FP32 else "Keep these layers out (engines.keep), or accept")
+            + ' them with [tensorrt] departures = "report".\n'
+            + "\n".join(listed)
         )
     return [f"PRECISION DEPARTS: {said}", *(line.strip() for line in listed)]
 

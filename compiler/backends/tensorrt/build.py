@@ -7,6 +7,7 @@ builder's own default is on, for every FP32 layer), targets are set, timings are
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import time
@@ -22,7 +23,7 @@ from compiler.backends.tensorrt.precision import NetworkLayer, NetworkTensor, wi
 from compiler.backends.tensorrt.timing_cache import TimingCache
 from compiler.errors import BuildError
 from compiler.recipe import TensorRTSection
-from compiler.spec import DimRange, OnnxModel, Progress, no_progress
+from compiler.spec import DimRange, OnnxModel, Precision, Progress, no_progress
 
 PLAN = "engine.plan"
 
@@ -116,7 +117,7 @@ def build(
         if timings is not None and cache is not None:
             options["timing_cache_sha256"] = timings.merge(config, cache)
         weight_bytes, alone = log.weight_bytes, None
-        if len(profiles) > 1 and weight_bytes is not None and widened(weight_bytes, stored_bytes):
+        if flavour == RTX and len(profiles) > 1 and weight_bytes is not None and widened(weight_bytes, stored_bytes):
             # Kernels of one profile may want a weight laid out otherwise than those of another: it is then stored twice.
             # That is told from a weight in a wider type by building each profile alone, where nothing is stored twice.
             alone = 0
@@ -147,6 +148,21 @@ def profiles_of(model: OnnxModel, section: TensorRTSection) -> tuple[Mapping[str
     if not model.axes:
         return ()
     return tuple(section.profiles) or (dict(model.axes),)
+
+
+def left_out(model: OnnxModel, section: TensorRTSection) -> list[str]:
+    """A note where the profiles do not take every combination of sizes that the axes allow."""
+    corners = itertools.product(*({axis.min, axis.max} for axis in model.axes.values()))
+    for sizes in (dict(zip(model.axes, corner, strict=True)) for corner in corners):
+        if not any(
+            all(ranges[name].min <= size <= ranges[name].max for name, size in sizes.items())
+            for ranges in profiles_of(model, section)
+        ):
+            example = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            return [
+                f"the profiles leave out combinations that [axes] allows, such as {example}: such inputs are refused"
+            ]
+    return []
 
 
 # --- parsing --------------------------------------------------------------------------------------------------------
@@ -363,9 +379,14 @@ def _failure(model: OnnxModel, log: BuildLog) -> str:
                 f"{model.path.name}: NVIDIA's builder failed: {what}; an engine was expected. {todo[0].upper()}{todo[1:]}. "
                 f"Its own words: {said}. All it said is in the log."
             )
+    keep = (
+        ""
+        if model.precision is Precision.FP32
+        else "Keep the layer that it names in another precision (engines.keep), or b"
+    )
     return (
-        f"{model.path.name}: NVIDIA's builder failed; an engine was expected. Keep the layer that it names in another "
-        f'precision (engines.keep), or build this engine with backend = "onnxruntime". Its own words: {said}. All it said is in the log.'
+        f"{model.path.name}: NVIDIA's builder failed; an engine was expected. {keep or 'B'}uild this engine with backend = "
+        f'"onnxruntime". Its own words: {said}. All it said is in the log.'
     )
 
 

@@ -35,7 +35,12 @@ WEIGHTS_SLACK_BYTES = 1 << 16
 """An engine's weights may take this much more than the model's before they count as widened: padding, and tables that the
 builder adds. (Seen: 0.4 % less to 0.5 % more, of small models 7 kB more.) One type wider is a factor of two."""
 
-_NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
+WEIGHTS = "(weights)"
+"""In the place of a layer's name: a departure of the engine's weights as a whole."""
+
+_NODE = re.compile(r"\[ONNX Layer: (.*?)(?: \| [^\x1e]*)?\](?=\x1e|\[ONNX Layer: |$)")
+"""One name in a layer's metadata. It may hold brackets; inside a branch the node around it follows a bar."""
+
 _LAYERS = frozenset({"CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY", "EINSUM", "ATTENTION_OUTPUT"})
 _PASSED_THROUGH = frozenset({"SHUFFLE", "IDENTITY", "SQUEEZE", "UNSQUEEZE"})
 
@@ -55,6 +60,9 @@ _NAMES = {
     "FP16": "fp16",
 }
 """The types' names in ONNX, in TensorRT's network and in the inspector's JSON, upper case -> the field's usual name."""
+
+_MOVERS = frozenset({"Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity"})
+"""ONNX operators through which an operand is traced; `_PASSED_THROUGH` are the layers that the parser makes of them."""
 
 _QUANTISED = frozenset({"int8", "fp8", "int4", "fp4"})
 
@@ -85,7 +93,10 @@ class Asked:
     node: str
     op: str
     precision: str
-    """``int8``, ``fp16``, ...; ``fp16 x int4`` where only the weights are quantised."""
+    """``int8``, ``fp16``, ...; ``fp16 x int4`` where only the weights are quantised; ``unknown`` for a type that the file
+    does not tell."""
+    nested: bool = False
+    """Inside a branch, a loop or a function: the parser may drop or rename it."""
 
 
 def asked(model: Path) -> tuple[tuple[Asked, ...], int]:
@@ -94,9 +105,14 @@ def asked(model: Path) -> tuple[tuple[Asked, ...], int]:
     A weight that several nodes read counts once for each: an engine may hold a tied table once for every reader.
     """
     network = onnx_files.read(model)
-    graphs = [network.graph, *network.graph.subgraphs()]
+    graphs = [network.graph, *network.graph.subgraphs(), *(function.graph for function in network.functions.values())]
     found = [
-        Asked(node=str(node.name), op=node.op_type, precision=_combined([_operand(value) for value in _operands(node)]))
+        Asked(
+            node=node.name or f"node_of_{node.outputs[0].name}",  # as NVIDIA's parser names what has no name
+            op=node.op_type,
+            precision=_combined([_operand(value) for value in _operands(node)]),
+            nested=graph is not network.graph,
+        )
         for graph in graphs
         for node in graph
         if node.op_type in MULTIPLYING and node.domain == ""
@@ -139,7 +155,7 @@ def prove_network(
     if taken is not None and widened(taken, expected_weight_bytes):
         departures.append(
             Departure(
-                layer="(weights)",
+                layer=WEIGHTS,
                 op="all",
                 asked=f"{expected_weight_bytes:,} bytes",
                 found=f"{taken:,} bytes",
@@ -149,7 +165,7 @@ def prove_network(
     return PrecisionProof(
         method="types of the network that NVIDIA's parser made, and the builder's own count of weight memory",
         layers=len(wanted),
-        as_asked=len(wanted) - len({departure.layer for departure in departures if departure.layer != "(weights)"}),
+        as_asked=len(wanted) - len({departure.layer for departure in departures if departure.layer != WEIGHTS}),
         by_precision=_counted(wanted, found),
         departures=tuple(departures),
         weight_bytes=weight_bytes,
@@ -191,15 +207,15 @@ def prove_engine(wanted: Sequence[Asked], inspected: Mapping[str, Any], network:
                     )
                 )
     hidden = [item for item in wanted if item.node not in found]
+    if hidden:  # and so may be what was done to their weights
+        departures += [departure for departure in network.departures if departure.layer == WEIGHTS]
     parsed = {departure.layer: departure for departure in network.departures}
     for item in hidden:
         found[item.node] = [parsed[item.node].found if item.node in parsed else item.precision]
     departures += [parsed[item.node] for item in hidden if item.node in parsed]
     method = "the engine inspector, layer by layer of the engine that ships"
     if hidden:
-        method += (
-            f"; {len(hidden)} of {len(wanted)} are inside fused layers that it does not show, and were read from: "
-        )
+        method += f"; it does not tell {len(hidden)} of {len(wanted)} from what they are fused with, and these were read from: "
         method += network.method
     return PrecisionProof(
         method=method,
@@ -241,7 +257,7 @@ def _operands(node: ir.Node) -> list[ir.Value]:
 
 def _operand(value: ir.Value) -> str:
     producer = value.producer()
-    while producer is not None and producer.op_type in ("Transpose", "Reshape", "Identity") and producer.inputs[0]:
+    while producer is not None and producer.op_type in _MOVERS and producer.inputs[0]:
         value, producer = producer.inputs[0], producer.inputs[0].producer()
     if producer is not None and producer.op_type == "DequantizeLinear" and producer.inputs[0] is not None:
         stored = producer.inputs[0]
@@ -309,11 +325,11 @@ def _combined(operands: Sequence[str]) -> str:
 def _network_departures(wanted: Sequence[Asked], found: Mapping[str, Sequence[str]]) -> Iterator[Departure]:
     for item in wanted:
         for got in found.get(item.node, ()):
-            if got != item.precision:
+            if got != item.precision and "unknown" not in item.precision:
                 cause = "the parser gave the layer other types than the file"
                 yield Departure(layer=item.node, op=item.op, asked=item.precision, found=got, cause=cause)
                 break
-        if item.node not in found:
+        if item.node not in found and not item.nested:
             cause = "no layer of the network carries the node's name: it was folded or rewritten by the parser"
             yield Departure(layer=item.node, op=item.op, asked=item.precision, found="nothing", cause=cause)
 
@@ -332,7 +348,10 @@ def _engine_cause(layer: Mapping[str, Any], reads: Mapping[str, Mapping[str, Any
 
 
 def _counted(wanted: Sequence[Asked], found: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    return dict(Counter(found[item.node][0] if item.node in found else "nothing" for item in wanted).most_common())
+    kinds = (
+        found[item.node][0] if item.node in found else "not visible" if item.nested else "nothing" for item in wanted
+    )
+    return dict(Counter(kinds).most_common())
 
 
 def widened(weight_bytes: int, expected: int) -> bool:

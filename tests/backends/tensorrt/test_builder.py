@@ -241,8 +241,7 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_layer_that_departs_is_an_error(planted: None, model: OnnxModel, tmp_path: Path) -> None:
     assert refusal(model, tmp_path / "out") == (
         "model.onnx: asked FP32: 5 of 6 layers that multiply are as the model asks (fp32 6); every layer in the precision "
-        "that the model asks for was expected. Keep these layers out (engines.keep), or accept them with [tensorrt] "
-        'departures = "report".\n'
+        'that the model asks for was expected. Accept them with [tensorrt] departures = "report".\n'
         "  node_stem (Conv): asked int8, got fp32; the parser gave the layer other types than the file"
     )
 
@@ -271,6 +270,31 @@ def test_a_probe_that_does_not_fit_is_found_without_running_it(model: OnnxModel,
     assert refusal(replace(model, probe=probe), tmp_path / "out") == (
         "engine.plan: input 'x': found float32 [1, 3, 15, 16]; float32 [batch, 3, 16, 16] was expected. Convert it."
     )
+
+
+def test_a_probe_outside_every_profile_is_found_without_running_it(model: OnnxModel, tmp_path: Path) -> None:
+    probe = tmp_path / "probe.npz"
+    np.savez(probe, x=np.zeros((8, 3, 16, 16), np.float32))
+    profiles = ({"batch": DimRange(min=1, opt=1, max=4)}, {"batch": DimRange(min=16, opt=16, max=64)})
+    assert refusal(replace(model, probe=probe), tmp_path / "out", profiles=profiles) == (
+        "engine.plan: axis 'batch' is 8; 1 to 4 was expected (profile 1), 16 to 64 (profile 2). Build with a wider profile."
+    )
+
+
+def test_profiles_that_leave_something_out_are_noted(tmp_path: Path) -> None:
+    net = networks.Net()
+    net.op("MatMul", ["x", net.normal("w", 8, 4)], "y")
+    two = networks.save(
+        net.model({"x": ["batch", "length", 8]}, {"y": ["batch", "length", 4]}), tmp_path / "model.onnx"
+    )
+    two = replace(two, axes={"batch": DimRange(min=1, opt=1, max=8), "length": DimRange(min=1, opt=4, max=64)})
+    one, long = DimRange(min=1, opt=1, max=1), DimRange(min=1, opt=4, max=64)
+    many, short = DimRange(min=1, opt=4, max=8), DimRange(min=1, opt=4, max=16)
+    profiles = ({"batch": one, "length": long}, {"batch": many, "length": short})
+    assert build(two, tmp_path / "out", profiles=profiles).notes[0] == (
+        "the profiles leave out combinations that [axes] allows, such as batch 8, length 64: such inputs are refused"
+    )
+    assert not any("leave out" in note for note in build(two, tmp_path / "whole").notes)
 
 
 def test_a_plan_that_was_tampered_with_is_not_deserialised(model: OnnxModel, tmp_path: Path) -> None:

@@ -240,8 +240,8 @@ def test_what_the_inspector_does_not_show_is_read_from_the_network_and_said_so()
     proof = inspect(wanted, fused)
     assert (proof.as_asked, proof.by_precision, proof.departures) == (2, {"int8": 1, "fp32": 1}, ())
     assert proof.method == (
-        "the engine inspector, layer by layer of the engine that ships; 2 of 2 are inside fused layers that it does not "
-        f"show, and were read from: {NETWORK.method}"
+        "the engine inspector, layer by layer of the engine that ships; it does not tell 2 of 2 from what they are fused "
+        f"with, and these were read from: {NETWORK.method}"
     )
 
 
