@@ -808,6 +808,50 @@ def test_an_engine_runs_where_it_was_judged_and_on_later_versions(bench: Bench) 
         artifact.check_platform(engine, dataclasses.replace(MACHINE, packages={"onnxruntime": version}))
 
 
+L4 = dataclasses.replace(
+    MACHINE, gpu="NVIDIA L4", compute_capability="8.9", driver="595.10", packages={"tensorrt": "11.4.0.106"}
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "here", "refused"),
+    [
+        ({}, L4, None),
+        ({}, dataclasses.replace(L4, gpu="NVIDIA L40S"), "was built on NVIDIA L4 (compute capability 8.9); this machine has NVIDIA L40S."),
+        ({"hardware_compatibility": "same_compute_capability"}, dataclasses.replace(L4, gpu="NVIDIA L40S"), None),
+        ({"hardware_compatibility": "ampere_plus"}, dataclasses.replace(L4, gpu="NVIDIA H100", compute_capability="9.0"), None),
+        ({"hardware_compatibility": "ampere_plus"}, dataclasses.replace(L4, gpu="Tesla T4", compute_capability="7.5"), "was built on NVIDIA L4"),
+        ({}, dataclasses.replace(L4, gpu=None, compute_capability=None), "this machine has no GPU."),
+        ({}, dataclasses.replace(L4, packages={"tensorrt": "11.5.0.1"}), "a plan runs in that version alone; found tensorrt 11.5.0.1."),
+        ({"version_compatible": "on"}, dataclasses.replace(L4, packages={"tensorrt": "11.5.0.1"}), None),
+        ({"version_compatible": "on"}, dataclasses.replace(L4, packages={"tensorrt": "12.0.0"}), "a plan runs in that version alone"),
+    ],
+)  # fmt: skip
+def test_a_plan_runs_where_it_was_built_or_as_far_as_it_was_asked_to(
+    bench: Bench, options: dict[str, str], here: Platform, refused: str | None
+) -> None:
+    engine = dataclasses.replace(bench.engines[0], backend="tensorrt", platform=L4, options=options)
+    if refused is None:
+        artifact.check_platform(engine, here)
+        return
+    with pytest.raises(ArtifactError) as caught:
+        artifact.check_platform(engine, here)
+    assert refused in caught.value.message
+
+
+def test_a_plan_for_rtx_cards_runs_on_its_targets_only(bench: Bench) -> None:
+    engine = dataclasses.replace(
+        bench.engines[0], backend="tensorrt_rtx", platform=MACHINE, options={"compute_capabilities": "8.9, 12.0"}
+    )
+    artifact.check_platform(engine, L4)
+    with pytest.raises(ArtifactError) as caught:
+        artifact.check_platform(engine, dataclasses.replace(L4, gpu="RTX 3090", compute_capability="8.6"))
+    assert caught.value.message == (
+        f"{engine.path}: engine 'fp32' was built for compute capability 8.9, 12.0; this machine has 8.6. Build it for this "
+        "one."
+    )
+
+
 def test_an_update_of_the_kernel_is_no_other_platform(bench: Bench) -> None:
     artifact.check_platform(bench.engines[0], dataclasses.replace(MACHINE, os="Linux 6.2"))
 

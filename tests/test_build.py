@@ -464,3 +464,10 @@ def test_the_traceback_of_user_code_is_where_the_message_says(workshop: Workshop
         log = re.search(r"the full traceback is in (.*\.log)\.", done.stderr)
         assert log is not None, done.stderr
         assert "ValueError: no weights today" in Path(log[1]).read_text()
+
+
+def test_an_engine_may_be_renamed(workshop: Workshop) -> None:
+    for name in ("first", "second"):
+        engines = f'[{{precision = "fp32", name = "{name}"}}]'
+        assert workshop.run("points.toml", "--set", f"engines={engines}").returncode == 0
+        assert [engine["name"] for engine in workshop.report()["engines"]] == [name]

@@ -332,8 +332,10 @@ def _end_group(child: subprocess.Popen[bytes]) -> None:
 
 def adopt(engine: Engine, folder: Path) -> None:
     """Fill the folder of a ``build`` step with an engine that exists already."""
-    moved = {path: folder / path.name for path in (engine.path, *engine.external_data)}
+    home = engine.path.parent
+    moved = {path: folder / path.relative_to(home) for path in (engine.path, *engine.external_data)}
     for path, target in moved.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
     external = tuple(moved[path] for path in engine.external_data)
     copy = replace(engine, path=moved[engine.path], external_data=external)

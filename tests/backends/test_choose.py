@@ -122,6 +122,42 @@ def test_a_driver_that_is_too_old(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     )
 
 
+def test_a_driver_that_does_not_tell_its_version_is_too_old(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install(monkeypatch, tmp_path, "tensorrt", "11.4.0")
+    pretend_gpu(monkeypatch, tmp_path, 'echo "NVIDIA L4, 8.9, [N/A]"')
+    assert (backends.get("tensorrt").unavailable() or "").startswith("the NVIDIA driver is [N/A]; 580 or later")
+
+
+def test_what_depends_on_the_gpu_is_keyed_by_it_wherever_engines_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    install(monkeypatch, tmp_path, "tensorrt_rtx", "1.7.1")
+    rtx = backends.get("tensorrt_rtx")
+    found = [rtx.fingerprint()]
+    for card in ("RTX 4090, 8.9, 590.1", "RTX 5090, 12.0, 590.1", "RTX 5090, 12.0, 600.1", "H100, 9.0, 600.1"):
+        pretend_gpu(monkeypatch, tmp_path, f'echo "{card}"')
+        found.append(rtx.fingerprint())
+    nowhere, *cards, hopper = found
+    assert nowhere == hopper  # where no engine runs, none depends on a GPU
+    assert len({tuple(sorted(card.items())) for card in (nowhere, *cards)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("visible", "name"),
+    [(None, "card 0"), ("1", "card 1"), ("1,0", "card 1"), ("GPU-abc", "card GPU-abc"), ("", None), ("-1", None)],
+)
+def test_the_gpu_is_the_one_that_cuda_may_use(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, visible: str | None, name: str | None
+) -> None:
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    pretend_gpu(monkeypatch, tmp_path, 'echo "card ${1#--id=}, 8.9, 595.10"')
+    found = machine.gpu()
+    assert (found.name if found else None) == name
+
+
 def test_engines_for_rtx_cards_do_not_run_on_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     install(monkeypatch, tmp_path, "tensorrt_rtx", "1.7.1")
     pretend_gpu(monkeypatch, tmp_path, 'echo "NVIDIA H100, 9.0, 595.10"')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,19 @@ from hypothesis import strategies as st
 
 from compiler.errors import ArtifactError, RecipeError
 from compiler.recipe import GateSection
-from compiler.spec import Engine, GateResult, Latencies, Latency, Outcome, Platform, Score, Scores, Speed, Verdict
+from compiler.spec import (
+    Engine,
+    GateResult,
+    Latencies,
+    Latency,
+    Outcome,
+    Platform,
+    Score,
+    Scores,
+    Speed,
+    StandIn,
+    Verdict,
+)
 from compiler.validate import estimates, judge, statistics
 
 Make = Callable[..., Any]
@@ -597,3 +610,46 @@ def test_a_verdict_is_plain_values(engine: Make, binary: Make) -> None:
     )
     again = msgspec.convert(json.loads(msgspec.json.encode(verdicts)), tuple[Verdict, ...])
     assert again == verdicts
+
+
+class TestNotRunHere:
+    """Engines that cannot run where they are built: their scores are those of a stand-in."""
+
+    STAND_IN = StandIn(backend="onnxruntime", engine_sha256="s", model_sha256="m", reason="no GPU")
+
+    def verdicts(
+        self, engine: Make, *gates: GateSection, ahead: bool, taken: Latencies | None = None
+    ) -> tuple[Verdict, ...]:
+        here, there = engine(name="cpu"), engine(name="rtx")
+        scores = scores_of(here, agreement(1.0, 0.0, 50)) | scores_of(there, agreement(1.0, 0.0, 50))
+        scores["rtx"] = replace(scores["rtx"], stand_in=self.STAND_IN)
+        return judge.judge(gates, (here, there), scores, taken, 1, ahead_of_time=ahead)
+
+    @pytest.mark.parametrize(("ahead", "open_outcome"), [(False, INCONCLUSIVE), (True, Outcome.DEFERRED)])
+    def test_it_is_never_passed(self, engine: Make, ahead: bool, open_outcome: Outcome) -> None:
+        here, there = self.verdicts(engine, GateSection(metric="cosine", min=0.9), ahead=ahead)
+        assert here.outcome is PASS
+        assert there.outcome is open_outcome
+        finite, ran, cosine = there.gates
+        assert (finite.outcome, ran.outcome, cosine.outcome) == (PASS, open_outcome, PASS)
+        assert ran.reason == "not run here: no GPU; its accuracy is that of the same ONNX file in onnxruntime"
+        assert finite.reason.endswith("(the same ONNX file in onnxruntime)")
+        assert cosine.reason.endswith("(the same ONNX file in onnxruntime)")
+
+    def test_a_missed_gate_on_accuracy_fails_it(self, engine: Make) -> None:
+        _, there = self.verdicts(engine, GateSection(metric="cosine", min=1.5), ahead=True)
+        assert there.outcome is FAIL
+
+    @pytest.mark.parametrize(("ahead", "open_outcome"), [(False, INCONCLUSIVE), (True, Outcome.DEFERRED)])
+    def test_a_gate_against_it_is_as_open_as_its_own(self, engine: Make, ahead: bool, open_outcome: Outcome) -> None:
+        gate = GateSection(metric="speedup_p50", min=0.1, engine="cpu", against="rtx")
+        here, _ = self.verdicts(engine, gate, ahead=ahead)
+        assert here.outcome is open_outcome
+        assert here.gates[-1].reason == "not timed: 'rtx' was not run here"
+
+    def test_the_worst_of_outcomes(self) -> None:
+        deferred = Outcome.DEFERRED
+        assert judge.worst([PASS, deferred]) is deferred
+        assert judge.worst([PASS, deferred, INCONCLUSIVE]) is INCONCLUSIVE
+        assert judge.worst([INCONCLUSIVE, deferred, FAIL]) is FAIL
+        assert judge.worst([]) is PASS

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 
@@ -86,6 +88,20 @@ def test_a_model_asks_for_its_precision_in_every_layer_that_multiplies(
     assert stored == sum(onnx.numpy_helper.to_array(weight).nbytes for weight in weights)
 
 
+def test_a_node_without_a_name_is_called_what_the_parser_calls_it(tmp_path: Path) -> None:
+    proto = networks.linear_map(np.eye(4))
+    proto.graph.node[0].name = ""
+    (item,), _ = precision.asked(networks.save(proto, tmp_path / "model.onnx").path)
+    assert item.node == "node_of_y"
+
+
+def test_a_weight_counts_once_for_every_reader(tmp_path: Path) -> None:
+    net = networks.Net()
+    net.op("MatMul", [net.op("MatMul", ["x", net.normal("w", 8, 8)], "h"), "w"], "y")
+    saved = networks.save(net.model({"x": ["batch", 8]}, {"y": ["batch", 8]}), tmp_path / "model.onnx")
+    assert precision.asked(saved.path)[1] == 2 * 8 * 8 * 4
+
+
 # --- the network ----------------------------------------------------------------------------------------------------
 
 
@@ -101,6 +117,35 @@ def test_operands_are_traced_through_layers_that_only_move() -> None:
     moved = layer("SHUFFLE", "t", [layers[1].outputs[0]], tensor("moved", "FLOAT"))
     product = layer("MATRIX_MULTIPLY", "conv", [layers[0].outputs[0], tensor("moved", "FLOAT")], tensor("y", "FLOAT"))
     assert prove(INT8, [*layers[:2], moved, product]).by_precision == {"int8": 1}
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        "[ONNX Layer: layers[0]/MatMul]",
+        "[ONNX Layer: other]\x1e[ONNX Layer: layers[0]/MatMul]",
+        "[ONNX Layer: layers[0]/MatMul][ONNX Layer: other]",
+        "[ONNX Layer: layers[0]/MatMul | if (If)]",
+    ],
+)
+def test_a_nodes_name_may_hold_brackets_and_stand_among_others(metadata: str) -> None:
+    wanted = (Asked(node="layers[0]/MatMul", op="MatMul", precision="fp16"),)
+    half = tensor("h", "HALF")
+    product = replace(layer("MATRIX_MULTIPLY", "", [half, half], tensor("y", "HALF")), metadata=metadata)
+    assert prove(wanted, [product]).by_precision == {"fp16": 1}
+
+
+def test_a_type_that_the_file_does_not_tell_is_taken_from_the_network() -> None:
+    wanted = (Asked(node="conv", op="Conv", precision="unknown x fp32"),)
+    wide = tensor("f", "FLOAT")
+    proof = prove(wanted, [layer("CONVOLUTION", "conv", [wide, wide], tensor("y", "FLOAT"))])
+    assert (proof.departures, proof.by_precision) == ((), {"fp32": 1})
+
+
+def test_a_layer_in_a_branch_that_the_parser_dropped_is_not_a_departure() -> None:
+    wanted = (*INT8, Asked(node="never", op="MatMul", precision="fp32", nested=True))
+    proof = prove(wanted, int8_convolution())
+    assert (proof.departures, proof.by_precision) == ((), {"int8": 1, "not visible": 1})
 
 
 def test_a_layer_that_lost_its_quantisation_departs() -> None:
@@ -243,6 +288,14 @@ def test_what_the_inspector_does_not_show_is_read_from_the_network_and_said_so()
         "the engine inspector, layer by layer of the engine that ships; it does not tell 2 of 2 from what they are fused "
         f"with, and these were read from: {NETWORK.method}"
     )
+
+
+def test_widened_weights_are_not_forgotten_where_the_inspector_is_blind() -> None:
+    widened = Departure(layer=precision.WEIGHTS, op="all", asked="1", found="4", cause="because")
+    network = replace(NETWORK, departures=(widened,))
+    assert precision.prove_engine(INT8, {}, network).departures == (widened,)
+    seen = engine_layer("CaskConvolution", "conv", ["x:Int8"], "y:Int8", "Int8")
+    assert precision.prove_engine(INT8, {"Layers": [seen]}, network).departures == ()
 
 
 def test_what_departed_in_the_network_is_not_forgotten_where_the_inspector_is_blind() -> None:
