@@ -204,15 +204,13 @@ class TensorRT:
 
     def _not_installed(self) -> str | None:
         found = importlib.util.find_spec(self.module) is not None
-        if self.NAME == options.RTX:
+        if self.NAME == options.RTX and not found:
             return (
-                None
-                if found
-                else (
-                    "the Python package 'tensorrt_rtx' is not installed. On Linux x86-64 'python scripts/rtx_builder.py' "
-                    "installs a builder that needs no GPU; for an RTX card, install TensorRT for RTX from NVIDIA"
-                )
+                "the Python package 'tensorrt_rtx' is not installed. On Linux x86-64 'python scripts/rtx_builder.py' "
+                "installs a builder that needs no GPU; for an RTX card, install TensorRT for RTX from NVIDIA"
             )
+        if self.NAME == options.RTX:
+            return None
         if not found:
             return f"the Python package 'tensorrt' is not installed; it comes from NVIDIA: {_INSTALL}"
         version = next(iter(self._installed().values()), "")

@@ -27,7 +27,7 @@ from compiler.spec import DimRange, OnnxModel, Precision, Progress, no_progress
 
 PLAN = "engine.plan"
 
-_OPSET_ADVICE = {
+_ADVICE = {
     "Attention": "split the cache out of it (Concat before the node, one output), or export with opset 20",
     "DynamicQuantizeLinear": 'quantise statically, with precision = "int8"',
     "MatMulInteger": 'quantise with Q/DQ nodes, with precision = "int8"',
@@ -176,8 +176,8 @@ def _refusal(parser: trt.OnnxParser, model: OnnxModel, log: BuildLog) -> str:
         if not op:
             continue
         lines.append(f"  node '{name}' ({op}): {_why(error)}")
-        if op in _OPSET_ADVICE and _OPSET_ADVICE[op] not in advice:
-            advice.append(_OPSET_ADVICE[op])
+        if op in _ADVICE and _ADVICE[op] not in advice:
+            advice.append(_ADVICE[op])
     if not lines:
         return (
             f"{model.path.name}: NVIDIA's parser refuses the file; an ONNX model that it takes was expected. Its own words: "
