@@ -295,7 +295,7 @@ def _copy_engines(engines: Sequence[Engine], aside: Path) -> tuple[tuple[Engine,
     shipped = []
     for engine in engines:
         home = aside / "engines" / engine.name
-        records = []
+        hashes = []
         for source in (engine.path, *engine.external_data):
             if not source.is_file():
                 raise ArtifactError(f"{source}: missing; the file of engine '{engine.name}' was expected. Run again.")
@@ -303,8 +303,8 @@ def _copy_engines(engines: Sequence[Engine], aside: Path) -> tuple[tuple[Engine,
             target.parent.mkdir(parents=True, exist_ok=True)
             record = durable.copy_file(source, target)
             files[target.relative_to(aside).as_posix()] = record
-            records.append((target.relative_to(home).as_posix(), record))
-        found = _engine_sha256(records)
+            hashes.append((target.relative_to(home).as_posix(), record.sha256))
+        found = durable.hash_of(hashes)
         if found != engine.sha256:
             raise ArtifactError(
                 f"{engine.path}: found SHA-256 {found}; {engine.sha256}, the one that was judged, was expected. "
@@ -318,13 +318,6 @@ def _copy_engines(engines: Sequence[Engine], aside: Path) -> tuple[tuple[Engine,
             )
         )
     return tuple(shipped), files
-
-
-def _engine_sha256(files: Sequence[tuple[str, Record]]) -> str:
-    """SHA-256 of an engine: of its one file, or, with external data, of what ``sha256sum`` prints for all of them."""
-    if len(files) == 1:
-        return files[0][1].sha256
-    return hashlib.sha256("".join(f"{record.sha256}  {name}\n" for name, record in files).encode()).hexdigest()
 
 
 def _set(samples: Any) -> SampleSet:
@@ -468,12 +461,9 @@ def _compare(folder: Path, manifest: Manifest) -> list[str]:
             problems[name] = "missing"
     for engine in manifest.engines:
         names = [path.relative_to(folder).as_posix() for path in (engine.path, *engine.external_data)]
-        records = [(name, manifest.files[name]) for name in names if name in manifest.files]
         home = engine.path.parent.relative_to(folder).as_posix() + "/"
-        if (
-            len(records) != len(names)
-            or _engine_sha256([(n.removeprefix(home), r) for n, r in records]) != engine.sha256
-        ):
+        hashes = [(n.removeprefix(home), manifest.files[n].sha256) for n in names if n in manifest.files]
+        if len(hashes) != len(names) or durable.hash_of(hashes) != engine.sha256:
             problems[MANIFEST] = f"the files listed are not engine '{engine.name}', SHA-256 {engine.sha256}"
     return [f"{_printable(folder / name)}: {problem}." for name, problem in sorted(problems.items())]
 

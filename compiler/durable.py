@@ -14,7 +14,7 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +83,17 @@ def hash_file(path: Path) -> Record:
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         return Record(sha256=digest.hexdigest(), size=file.tell())
+
+
+def hash_of(files: Sequence[tuple[str, str]]) -> str:
+    """SHA-256 of several files as one: the only file's own, or that of the lines that ``sha256sum`` prints for them.
+
+    Args:
+        files: name and SHA-256 of each, in their order.
+    """
+    if len(files) == 1:
+        return files[0][1]
+    return hashlib.sha256("".join(f"{sha256}  {name}\n" for name, sha256 in files).encode()).hexdigest()
 
 
 def copy_file(source: Path, target: Path) -> Record:

@@ -15,6 +15,7 @@ import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+from compiler.durable import hash_of
 from compiler.errors import ExportError, from_os_error
 from compiler.spec import DimRange, OnnxModel, Precision, TensorSpec
 
@@ -97,12 +98,8 @@ def write(model: ir.Model, path: Path, *, external_above: int = EXTERNAL_ABOVE_B
 
 def sha256_of(path: Path, external_data: Sequence[Path] = ()) -> str:
     """SHA-256 of the file, or, with external data, of the lines that ``sha256sum`` prints for it and for them."""
-    own = _file_sha256(path)
-    if not external_data:
-        return own
-    lines = [f"{own}  {path.name}\n"]
-    lines += [f"{_file_sha256(file)}  {file.relative_to(path.parent)}\n" for file in external_data]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    files = (path, *external_data)
+    return hash_of([(file.relative_to(path.parent).as_posix(), _file_sha256(file)) for file in files])
 
 
 def external_files(path: Path) -> tuple[Path, ...]:

@@ -548,8 +548,8 @@ def _check_axes(recipe: Recipe) -> Iterator[_Problem]:
             yield _Problem(where, "no input has this axis. Remove it, or name it in a shape.")
         if axis.min < 1:
             yield _Problem(where, f"min is {axis.min}; at least 1 was expected.")
-        elif not axis.min <= axis.opt <= axis.max:
-            yield _Problem(where, f"min {axis.min}, opt {axis.opt}, max {axis.max}; min <= opt <= max was expected.")
+        elif axis.opt not in axis:
+            yield _out_of_order(where, axis)
     batch = batch_axis(recipe.inputs)
     for size in recipe.latency.batches:
         axis_range = recipe.axes.get(batch) if batch else None
@@ -558,10 +558,14 @@ def _check_axes(recipe: Recipe) -> Iterator[_Problem]:
                 ("latency", "batches"),
                 f"batch {size} asked, but no input's first axis is dynamic. Use [1], or name the axis.",
             )
-        elif axis_range is not None and not axis_range.min <= size <= axis_range.max:
+        elif axis_range is not None and size not in axis_range:
             yield _Problem(
                 ("latency", "batches"), f"batch {size} is outside axis '{batch}', {axis_range.min} to {axis_range.max}."
             )
+
+
+def _out_of_order(where: tuple[str | int, ...], span: DimRange) -> _Problem:
+    return _Problem(where, f"min {span.min}, opt {span.opt}, max {span.max}; min <= opt <= max was expected.")
 
 
 def _check_engines(recipe: Recipe) -> Iterator[_Problem]:
@@ -613,16 +617,16 @@ def _check_tensorrt(recipe: Recipe) -> Iterator[_Problem]:
             axis = recipe.axes.get(name)
             if axis is None:
                 yield _Problem((*where, name), f"axis '{name}' is not in [axes]; {suggest(name, list(recipe.axes))}")
-            elif not span.min <= span.opt <= span.max:
-                yield _Problem(
-                    (*where, name), f"min {span.min}, opt {span.opt}, max {span.max}; min <= opt <= max was expected."
-                )
+            elif span.opt not in span:
+                yield _out_of_order((*where, name), span)
             elif span.min < axis.min or span.max > axis.max:
                 yield _Problem(
                     (*where, name),
                     f"{span.min} to {span.max} is not inside the range of the axis in [axes], {axis.min} to {axis.max}.",
                 )
     yield from _check_profiles_cover(recipe)
+    if all(name in profile for profile in section.profiles for name in recipe.axes):
+        yield from _check_profiles_take(recipe)
     if section != TensorRTSection() and all(engine.backend == "onnxruntime" for engine in recipe.engines):
         yield _Problem(
             ("tensorrt",), "no engine is built by TensorRT: each has backend = 'onnxruntime'. Remove the table."
@@ -656,22 +660,15 @@ def _check_profiles_cover(recipe: Recipe) -> Iterator[_Problem]:
                 f"together they take axis '{name}' from {low} to {high}; [axes] says {axis.min} to {axis.max}. "
                 "Widen a profile, or narrow the axis.",
             )
-    yield from _check_profiles_take(recipe)
 
 
 def _check_profiles_take(recipe: Recipe) -> Iterator[_Problem]:
     """What is most used must be inside one and the same profile: the optimum of every axis, and each batch that is timed."""
-    batch = batch_axis(recipe.inputs)
-    if any(name not in profile for profile in recipe.tensorrt.profiles for name in recipe.axes):
-        return  # said already
+    profiles, batch = recipe.tensorrt.profiles, batch_axis(recipe.inputs)
     opt = {name: axis.opt for name, axis in recipe.axes.items()}
     points = [opt, *({**opt, batch: size} for size in recipe.batches if batch is not None)]
-    for point in points:
-        taken = any(
-            all(profile[name].min <= size <= profile[name].max for name, size in point.items())
-            for profile in recipe.tensorrt.profiles
-        )
-        if recipe.tensorrt.profiles and not taken:
+    for point in points if profiles else ():
+        if not any(all(size in profile[name] for name, size in point.items()) for profile in profiles):
             sizes = ", ".join(f"{name} {size}" for name, size in point.items())
             yield _Problem(
                 ("tensorrt", "profiles"), f"none takes {sizes}, which [axes] and [latency] say is used most. Widen one."

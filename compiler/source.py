@@ -345,6 +345,14 @@ def _relative(path: Path, base: Path) -> str:
     return Path(os.path.relpath(path, base)).as_posix()
 
 
+def installed(module: str) -> bool:
+    """Whether a module can be found; it is not imported, though a package around it is."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package around it
+        return False
+
+
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """The versions of those distributions that are installed; none of them is imported."""
     found = {}

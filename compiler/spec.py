@@ -49,6 +49,9 @@ class DimRange:
     opt: int
     max: int
 
+    def __contains__(self, size: int) -> bool:
+        return self.min <= size <= self.max
+
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 
 from rich.console import Console
@@ -11,7 +10,7 @@ from rich.text import Text
 from compiler import backends
 from compiler.errors import BuildEngineError
 from compiler.pipeline.store import Store, size_bytes
-from compiler.source import versions
+from compiler.source import installed, versions
 
 _PACKAGES = (
     "torch",
@@ -53,7 +52,7 @@ def examine(console: Console) -> None:
         _line(console, name, said, good=reason is None)
     console.print("\nextras", style="bold")
     for extra, brings in _EXTRAS.items():
-        lacking = [distribution for module, distribution in brings if _missing(module)]
+        lacking = [distribution for module, distribution in brings if not installed(module)]
         said = "installed" if not lacking else f"{', '.join(lacking)} missing. pip install 'build-engine[{extra}]'"
         _line(console, extra, said, good=not lacking)
     console.print("\nstore", style="bold")
@@ -64,13 +63,6 @@ def examine(console: Console) -> None:
             _line(console, "store", said, good=store.warning is None)
     except BuildEngineError as exc:
         _line(console, "store", exc.message, good=False)
-
-
-def _missing(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is None
-    except ModuleNotFoundError:  # not even the package around it
-        return True
 
 
 def _line(console: Console, name: str, said: str, *, good: bool) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import platform
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from typing import Any
 import msgspec
 
 from compiler import backends, codec, source
+from compiler.backends.machine import usable_cores
 from compiler.recipe import QUANTIZED, EngineSection, Recipe, TensorRTSection
 from compiler.spec import DataSets, Engine, Interface, Latencies, OnnxModel, Outputs, Precision, Scores, Statistics
 
@@ -209,7 +209,7 @@ def make(
         observe = add("observe", {"model": model, "data": data}, sizes)
     built: dict[str, str] = {}
     stand_ins: dict[str, str] = {}
-    threads = recipe.latency.threads or usable_threads()
+    threads = threads_of(recipe)
     for engine in recipe.engines:
         ready = model
         if engine.precision is not Precision.FP32:
@@ -273,9 +273,9 @@ def for_engines(plan: Plan, engines: Mapping[str, Engine]) -> Plan:
     return Plan(steps=tuple(steps), run_key=plan.run_key)
 
 
-def usable_threads() -> int:
-    """CPU threads that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def threads_of(recipe: Recipe) -> int:
+    """CPU threads that a step may use."""
+    return recipe.latency.threads or usable_cores()
 
 
 def _quantize_section(recipe: Recipe, engine: EngineSection) -> Mapping[str, Any]:

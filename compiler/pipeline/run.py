@@ -25,7 +25,7 @@ from typing import Any, Protocol
 from compiler import codec, errors
 from compiler.backends.machine import CUDA_ORDER
 from compiler.errors import BuildEngineError
-from compiler.pipeline.plan import STAGES, Plan, Step, usable_threads
+from compiler.pipeline.plan import STAGES, Plan, Step, threads_of
 from compiler.pipeline.store import Store
 from compiler.pipeline.worker import RESULT
 from compiler.recipe import ModelSection, Recipe
@@ -351,7 +351,7 @@ def inspect(model: Path) -> Interface:
         folder = store.root / "inspect"
         folder.mkdir()
         base = model.absolute().parent
-        job = _job(step, recipe, base, {}, folder, caches=store.root / CACHES, threads=usable_threads())
+        job = _job(step, recipe, base, {}, folder, caches=store.root / CACHES, threads=threads_of(recipe))
         _run_child(step, job, store.log_path("inspect"), Unwatched())
         return codec.load((folder / RESULT).read_bytes(), Interface, folder)
 

@@ -145,7 +145,7 @@ def _build(recipe: recipes.Recipe, base: Path, plan: plans.Plan, store: Store, o
     out = console.make()
     if store.warning:
         out.print(f"warning: {store.warning}", style="yellow")
-    threads = recipe.latency.threads or plans.usable_threads()
+    threads = plans.threads_of(recipe)
     # An undecided verdict may be the work of noise: then latency is measured again.
     undecided = _last(options.output, recipe.name)[1].get("outcome") == Outcome.INCONCLUSIVE
     fresh = frozenset({"latency"} if options.remeasure or undecided else ())
@@ -293,7 +293,7 @@ def _validate_again(manifest: artifact.Manifest, recipe_path: Path, overrides: t
         for name, engine in engines.items():
             with store.fill(plan.step(f"build:{name}").key) as filling:
                 run.adopt(engine, filling.folder)
-        threads = recipe.latency.threads or plans.usable_threads()
+        threads = plans.threads_of(recipe)
         with console.ConsoleWatcher(out) as watcher:
             finished = run.execute(plan, recipe, base, store, watcher, threads=threads, keep_going=False)
         scores = {name: finished.values[f"accuracy:{name}"] for name in engines}

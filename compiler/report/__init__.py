@@ -184,19 +184,19 @@ def markdown(report: Mapping[str, Any]) -> str:
         for step in report["steps"]
     ]
     parts = [
-        f"# {_escape(report['name'])}: {report['outcome']}",
+        f"# {escape(report['name'])}: {report['outcome']}",
         f"Finished {report['finished']}.",
-        _grid(HEADINGS, table(report)),
-        *(f"**{_escape(f['engine'])} was not built:** {_escape(f['message'])}" for f in report["failures"]),
+        grid(HEADINGS, table(report)),
+        *(f"**{escape(f['engine'])} was not built:** {escape(f['message'])}" for f in report["failures"]),
         "## Gates",
-        _grid(("engine", "gate", "outcome", "why"), gates),
+        grid(("engine", "gate", "outcome", "why"), gates),
         "## Scores",
-        _grid(
+        grid(
             ("engine", "metric", "engine's", "original's", "change", "lost", "gained", "samples"),
             [_score_cells(engine["name"], score) for engine in engines for score in engine["scores"]],
         ),
         "## Latency",
-        _grid(
+        grid(
             ("candidate", "batch", "calls", "p50 ms", "p90 ms", "p99 ms", "samples/s", "speed-up"),
             [_latency_cells(speed) for owner in (report["original"], *engines) for speed in owner["speeds"]],
         ),
@@ -206,13 +206,13 @@ def markdown(report: Mapping[str, Any]) -> str:
         "## Engines",
         "\n".join(line for engine in engines for line in _engine_lines(engine)),
         "## Steps",
-        _grid(("step", "seconds", "peak MiB", "from the store"), steps),
+        grid(("step", "seconds", "peak MiB", "from the store"), steps),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _grid(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [headings, ["---"] * len(headings), *([_escape(str(cell)) for cell in row] for row in rows)]
+def grid(headings: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [headings, ["---"] * len(headings), *([escape(str(cell)) for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -250,7 +250,7 @@ def _evidence(report: Mapping[str, Any]) -> list[str]:
     lines += [
         "A fixed validation set bounds the error over samples like these, not over what a deployment meets later.",
         (
-            f"Platform: {_escape(platform['cpu'])}, {platform['cores']} cores, {platform['gpu'] or 'no GPU'}, "
+            f"Platform: {escape(platform['cpu'])}, {platform['cores']} cores, {platform['gpu'] or 'no GPU'}, "
             f"{platform['os']} {platform['arch']}; {packages}."
         ),
     ]
@@ -260,13 +260,13 @@ def _evidence(report: Mapping[str, Any]) -> list[str]:
             f"{latency['load_after']:.1f} after; measured {latency['started']}. Every sample is in report.json."
         )
     notes = (*report["original"]["notes"], *data["notes"], *(latency["notes"] if latency else ()))
-    return [*lines, *(_escape(note) for note in notes)]
+    return [*lines, *(escape(note) for note in notes)]
 
 
 def _engine_lines(engine: Mapping[str, Any]) -> list[str]:
-    reason = f"{engine['backend']} ({_escape(engine['backend_reason'])})"
+    reason = f"{engine['backend']} ({escape(engine['backend_reason'])})"
     options = ", ".join(f"{name} = {value}" for name, value in engine["options"].items())
-    lead = f"- {_escape(engine['name'])}: {reason}, SHA-256 `{engine['sha256']}`; {_escape(options)}"
+    lead = f"- {escape(engine['name'])}: {reason}, SHA-256 `{engine['sha256']}`; {escape(options)}"
     notes = [*engine["notes"]]
     if stand_in := engine["stand_in"]:
         notes.insert(
@@ -281,13 +281,13 @@ def _engine_lines(engine: Mapping[str, Any]) -> list[str]:
         if proof["weight_bytes_alone"] is not None:
             read += f", {proof['weight_bytes_alone']:,} with one profile alone: some are stored once per profile"
         notes.append(read)
-    return [lead, *(f"  - {_escape(note)}" for note in notes)]
+    return [lead, *(f"  - {escape(note)}" for note in notes)]
 
 
-def _escape(text: str) -> str:
+def escape(text: str) -> str:
     """Text that stays text inside a Markdown table cell: no tag, no entity, no link, no new cell, no new line.
 
-    >>> _escape("a <= b | <script>")
+    >>> escape("a <= b | <script>")
     'a <= b \\\\| &lt;script>'
     """
     text = re.sub(r"[\x00-\x1f\x7f\u202a-\u202e\u2066-\u2069]+", " ", text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from compiler.report import _escape, _grid
+from compiler.report import escape, grid
 
 SPEED_HEADINGS = ("candidate", "host ms", "speed-up", "device ms", "speed-up", "over PyTorch's best", "cosine")
 COST_HEADINGS = (
@@ -28,8 +28,8 @@ def markdown(content: Mapping[str, Any]) -> str:
     machine, recipes, finished = content["machine"], content["recipes"], content["finished"]
     ended = "not finished: what follows is what was done until then" if finished is None else f"finished {finished}"
     parts = [
-        f"# GPU report: {_escape(_gpu_name(machine))}",
-        f"Started {content['started']}, {ended}: {_escape(content['command'])}",
+        f"# GPU report: {escape(_gpu_name(machine))}",
+        f"Started {content['started']}, {ended}: {escape(content['command'])}",
         _machine_line(machine),
         "## Do TensorRT engines run here?",
         *_rtx(content["rtx"]),
@@ -82,7 +82,7 @@ def _machine_line(machine: Mapping[str, Any]) -> str:
         ("{} cores", _of(machine, "cores")),
     ]
     told = [form.format(fact) for form, fact in facts if fact is not None]
-    return _escape("; ".join([_gpu_name(machine), *told])) + "."
+    return escape("; ".join([_gpu_name(machine), *told])) + "."
 
 
 def _switch(value: bool | None) -> str | None:
@@ -94,12 +94,12 @@ def _switch(value: bool | None) -> str | None:
 
 def _rtx(rtx: Mapping[str, Any]) -> Iterator[str]:
     if "missing" in rtx:
-        yield f"Not answered: {_escape(rtx['missing'])}."
+        yield f"Not answered: {escape(rtx['missing'])}."
         return
-    yield "\n".join(f"- {_escape(line)}" for line in rtx["answer"].splitlines())
+    yield "\n".join(f"- {escape(line)}" for line in rtx["answer"].splitlines())
     for flavour, found in rtx.items():
         lines = [
-            f"- {entry['severity']}: {_escape(entry['text'])}"
+            f"- {entry['severity']}: {escape(entry['text'])}"
             for entry in (found.get("log", ()) if isinstance(found, Mapping) else ())
             if entry["severity"] not in ("INFO", "VERBOSE") and entry["text"] not in rtx["answer"]
         ]
@@ -113,7 +113,7 @@ def _rtx(rtx: Mapping[str, Any]) -> Iterator[str]:
 
 def _ceilings(ceilings: Mapping[str, Any]) -> Iterator[str]:
     if "missing" in ceilings:
-        yield f"Not measured: {_escape(ceilings['missing'])}."
+        yield f"Not measured: {escape(ceilings['missing'])}."
         return
     rows = [
         _ceiling(label, ceilings[name], "gb_s", "GB/s") for name, label in CEILING_NAMES.items() if name in ceilings
@@ -124,8 +124,8 @@ def _ceilings(ceilings: Mapping[str, Any]) -> Iterator[str]:
         for precision, found in matmul.items()
         if isinstance(found, Mapping)
     ]
-    yield _grid(("ceiling", "measured", "95 % bounds", "W", "SM MHz", "throttled by"), rows)
-    yield f"{_escape(ceilings['method'])}."
+    yield grid(("ceiling", "measured", "95 % bounds", "W", "SM MHz", "throttled by"), rows)
+    yield f"{escape(ceilings['method'])}."
 
 
 def _ceiling(label: str, found: Mapping[str, Any], key: str, unit: str) -> list[str]:
@@ -147,27 +147,27 @@ def _ceiling(label: str, found: Mapping[str, Any], key: str, unit: str) -> list[
 
 
 def _recipe(recipe: Mapping[str, Any]) -> Iterator[str]:
-    yield f"## {_escape(recipe['name'])}"
+    yield f"## {escape(recipe['name'])}"
     reasons = dict.fromkeys(
         value["missing"] for value in recipe.values() if isinstance(value, Mapping) and "missing" in value
     )
     if reasons:
-        yield "\n".join(f"- {_escape(why)}" for why in reasons)
+        yield "\n".join(f"- {escape(why)}" for why in reasons)
     for batch in recipe["batches"]:
-        yield f"### {_escape(recipe['name'])}, batch {batch['batch']}"
+        yield f"### {escape(recipe['name'])}, batch {batch['batch']}"
         if "missing" in batch:
-            yield f"Not measured: {_escape(batch['missing'])}."
+            yield f"Not measured: {escape(batch['missing'])}."
         yield from _batch(batch)
 
 
 def _batch(batch: Mapping[str, Any]) -> Iterator[str]:
     work, candidates = batch["work"], batch["candidates"]
     if "flops" in work:
-        yield f"{work['flops'] / 1e9:.3g} GFLOP a call, counted by {_escape(work['flops_source'])}."
+        yield f"{work['flops'] / 1e9:.3g} GFLOP a call, counted by {escape(work['flops_source'])}."
     if not candidates:
         return
-    yield _grid(SPEED_HEADINGS, [_speed_row(candidate) for candidate in candidates])
-    yield _grid(COST_HEADINGS, [_cost_row(candidate) for candidate in candidates])
+    yield grid(SPEED_HEADINGS, [_speed_row(candidate) for candidate in candidates])
+    yield grid(COST_HEADINGS, [_cost_row(candidate) for candidate in candidates])
     notes = [
         *(line for name, found in batch.get("samples", {}).items() for line in _boundary(name, found)),
         *_idle(batch.get("idle", {})),
@@ -179,7 +179,7 @@ def _batch(batch: Mapping[str, Any]) -> Iterator[str]:
         ),
     ]
     if notes:
-        yield "\n".join(f"- {_escape(note)}" for note in notes)
+        yield "\n".join(f"- {escape(note)}" for note in notes)
 
 
 def _label(candidate: Mapping[str, Any]) -> str:
@@ -278,7 +278,7 @@ def _missing(missing: Sequence[Mapping[str, str]]) -> str:
         by_reason.setdefault(entry["reason"], []).append(entry["part"])
     if not by_reason:
         return "Nothing."
-    return _grid(("what", "why"), [(_some(parts), reason) for reason, parts in by_reason.items()])
+    return grid(("what", "why"), [(_some(parts), reason) for reason, parts in by_reason.items()])
 
 
 def _some(parts: Sequence[str]) -> str:

@@ -164,7 +164,7 @@ def _judge_engine(
 ) -> Verdict:
     finite = _finite(scores)
     if scores.stand_in is not None:
-        finite = replace(finite, reason=f"{finite.reason} (the same ONNX file in {scores.stand_in.backend})")
+        finite = _of_stand_in(finite, scores.stand_in)
     results = [_result(engine, FINITE, "outputs are finite", finite)]
     if scores.stand_in is not None:
         results.append(_result(engine, RAN, "runs on its target", _not_run(scores.stand_in, unseen)))
@@ -180,10 +180,14 @@ def _judge_engine(
         else:
             finding = _accuracy(gate, next(score for score in scores.scores if score.metric == gate.metric))
             if scores.stand_in is not None:
-                finding = replace(finding, reason=f"{finding.reason} (the same ONNX file in {scores.stand_in.backend})")
+                finding = _of_stand_in(finding, scores.stand_in)
         results.append(_result(engine, gate.metric, gate.describe(), finding))
     outcome = worst(result.outcome for result in results)
     return Verdict(engine=engine.name, engine_sha256=engine.sha256, outcome=outcome, gates=tuple(results))
+
+
+def _of_stand_in(finding: _Finding, stand_in: StandIn) -> _Finding:
+    return replace(finding, reason=f"{finding.reason} (the same ONNX file in {stand_in.backend})")
 
 
 def _not_run(stand_in: StandIn, unseen: Outcome) -> _Finding:

@@ -7,7 +7,6 @@ answer at once.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -74,7 +73,7 @@ class TensorRT:
                 f"the NVIDIA driver is {gpu.driver}; {_OLDEST_DRIVER[release]} or later was expected for CUDA "
                 f"{release.removeprefix('cu')}. Update the driver"
             )
-        if not _has_cuda_bindings():
+        if not source.installed("cuda.bindings"):
             return "the Python package 'cuda-bindings' is not installed. pip install 'build-engine[gpu]'"
         if self.NAME == options.RTX and gpu.compute_capability not in COMPUTE_CAPABILITIES:
             return (
@@ -203,7 +202,7 @@ class TensorRT:
         return dict(source.versions(self.packages))
 
     def _not_installed(self) -> str | None:
-        found = importlib.util.find_spec(self.module) is not None
+        found = source.installed(self.module)
         if self.NAME == options.RTX and not found:
             return (
                 "the Python package 'tensorrt_rtx' is not installed. On Linux x86-64 'python scripts/rtx_builder.py' "
@@ -230,13 +229,6 @@ def _weights_beside(model: OnnxModel, out_dir: Path) -> tuple[Path, ...]:
         copies[-1].parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copies[-1])
     return tuple(copies)
-
-
-def _has_cuda_bindings() -> bool:
-    try:
-        return importlib.util.find_spec("cuda.bindings") is not None
-    except ModuleNotFoundError:  # not even the package around it
-        return False
 
 
 def _major(version: str) -> int:

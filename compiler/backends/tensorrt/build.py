@@ -152,12 +152,10 @@ def profiles_of(model: OnnxModel, section: TensorRTSection) -> tuple[Mapping[str
 
 def left_out(model: OnnxModel, section: TensorRTSection) -> list[str]:
     """A note where the profiles do not take every combination of sizes that the axes allow."""
+    profiles = profiles_of(model, section)
     corners = itertools.product(*({axis.min, axis.max} for axis in model.axes.values()))
     for sizes in (dict(zip(model.axes, corner, strict=True)) for corner in corners):
-        if not any(
-            all(ranges[name].min <= size <= ranges[name].max for name, size in sizes.items())
-            for ranges in profiles_of(model, section)
-        ):
+        if not any(all(size in ranges[name] for name, size in sizes.items()) for ranges in profiles):
             example = ", ".join(f"{name} {size}" for name, size in sizes.items())
             return [
                 f"the profiles leave out combinations that [axes] allows, such as {example}: such inputs are refused"

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from compiler.backends.feeds import listed
 from compiler.backends.tensorrt.cuda import CudaLike
-from compiler.backends.tensorrt.log import shorten
+from compiler.backends.tensorrt.log import ERRORS, listener, shorten
 from compiler.backends.tensorrt.memory import Buffer
 from compiler.backends.tensorrt.options import RTX
 from compiler.backends.tensorrt.profiles import at
@@ -42,18 +42,13 @@ class Log:
     """TensorRT's error lines since they were last taken. Lives as long as whatever was made with its ``logger``."""
 
     def __init__(self, trt: Any) -> None:
-        errors: deque[str] = deque(maxlen=_MAX_ERRORS)
+        self._errors = errors = deque[str](maxlen=_MAX_ERRORS)
 
-        class Logger(trt.ILogger):  # type: ignore[misc]
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
+        def add(severity: str, message: str) -> None:
+            if severity in ERRORS:
+                errors.append(message)
 
-            def log(self, severity: Any, msg: str) -> None:
-                if severity.name in ("ERROR", "INTERNAL_ERROR"):
-                    errors.append(msg)
-
-        self._errors = errors
-        self.logger = Logger()
+        self.logger = listener(trt, add)
 
     def take(self) -> list[str]:
         taken = list(self._errors)

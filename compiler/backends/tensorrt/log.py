@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from compiler.backends.tensorrt.api import trt
 
 BUILDER_LOG = "builder.log"
 """In the folder of the step, beside the plan."""
+
+ERRORS = ("ERROR", "INTERNAL_ERROR")
+"""Severities."""
 
 _SHOWN = 6
 _WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
@@ -34,14 +37,14 @@ class BuildLog:
         self.weight_bytes: int | None = None
         """"Total Weights Memory" of the engine, once it is built."""
         self._file: TextIO = path.open("w", buffering=1)
-        self.logger = _logger(self)
+        self.logger = listener(trt, self.add)
 
     def add(self, severity: str, message: str) -> None:
         if found := _WEIGHTS.search(message):
             self.weight_bytes = int(found[1])
         if severity == "VERBOSE":
             return
-        if severity in ("ERROR", "INTERNAL_ERROR"):
+        if severity in ERRORS:
             self.errors.append(message)
         elif severity == "WARNING":
             self.warnings.append(message)
@@ -67,12 +70,14 @@ def shorten(errors: Sequence[str]) -> str:
     return "; ".join(kept[:_SHOWN]) or "it gave no reason"
 
 
-def _logger(log: BuildLog) -> trt.ILogger:
-    class Logger(trt.ILogger):
+def listener(module: Any, add: Callable[[str, str], None]) -> trt.ILogger:
+    """An ``ILogger`` of ``module`` that calls ``add(severity, message)``."""
+
+    class Logger(module.ILogger):  # type: ignore[misc]  # a real base only at run time
         def __init__(self) -> None:
-            trt.ILogger.__init__(self)
+            module.ILogger.__init__(self)
 
         def log(self, severity: trt.ILogger.Severity, msg: str) -> None:
-            log.add(severity.name, msg)
+            add(severity.name, msg)
 
     return Logger()

@@ -38,7 +38,7 @@ def choose_profile(where: str, profiles: Sequence[Mapping[str, DimRange]], sizes
 
 
 def _contains(ranges: Mapping[str, DimRange], axis: str, size: int) -> bool:
-    return axis not in ranges or ranges[axis].min <= size <= ranges[axis].max
+    return axis not in ranges or size in ranges[axis]
 
 
 def _outside(where: str, profiles: Sequence[Mapping[str, DimRange]], sizes: Mapping[str, int]) -> BuildError:

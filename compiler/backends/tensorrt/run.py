@@ -24,6 +24,7 @@ from compiler.backends.tensorrt.log import shorten
 from compiler.backends.tensorrt.memory import Slot
 from compiler.backends.tensorrt.profiles import choose_profile
 from compiler.backends.tensorrt.stepper import Stepper
+from compiler.durable import hash_of
 from compiler.errors import BuildError
 from compiler.spec import Array, Engine, Feeds
 
@@ -81,22 +82,19 @@ def _read(engine: Engine) -> bytes:
 
 
 def _sha256(engine: Engine, plan: bytes) -> str:
-    """As `compiler.onnx_files.sha256_of` has it, of a plan that is in memory."""
-    own = hashlib.sha256(plan).hexdigest()
-    if not engine.external_data:
-        return own
-    lines = [f"{own}  {engine.path.name}\n"]
+    """As `compiler.onnx_files.sha256_of` has it, of a plan that is in memory; loads no onnx."""
+    hashes = [(engine.path.name, hashlib.sha256(plan).hexdigest())]
     for file in engine.external_data:
-        name = file.relative_to(engine.path.parent)
+        name = file.relative_to(engine.path.parent).as_posix()
         try:
             with file.open("rb") as opened:
-                lines.append(f"{hashlib.file_digest(opened, 'sha256').hexdigest()}  {name}\n")
+                hashes.append((name, hashlib.file_digest(opened, "sha256").hexdigest()))
         except OSError as exc:
             raise BuildError(
                 f"{engine.path.name}: {name}, which belongs to it, cannot be read ({exc.strerror or exc}); it was expected "
                 "beside the plan. Build the engine again, or fetch the file again."
             ) from exc
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return hash_of(hashes)
 
 
 def _refit(engine: Engine, plan: Any, trt: Any, log: Log) -> None:
