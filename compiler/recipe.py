@@ -110,10 +110,21 @@ class EngineSection(_Section, frozen=True, kw_only=True):
         return self.name or self.precision.value
 
 
+Switch: TypeAlias = Literal["auto", "on", "off"]
+
+
 class QuantizeSection(_Section, frozen=True, kw_only=True):
     """``[quantize]``: calibration, for every INT8, FP16 and BF16 engine."""
 
-    method: Literal["minmax", "percentile", "entropy", "mse"] = "mse"
+    method: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"
+    """How ranges of activations are chosen; ``auto``: for each by the least measured error."""
+    smooth: Switch = "auto"
+    """SmoothQuant; like the following three: ``auto`` keeps it where it is measured to help."""
+    equalize: Switch = "auto"
+    """Cross-layer equalisation."""
+    correct_bias: Switch = "auto"
+    rounding: Literal["auto", "nearest", "adaround", "gptq", "awq"] = "auto"
+    """How weights are rounded. AdaRound and GPTQ choose for each weight whether up or down; AWQ scales INT4's first."""
     samples: Positive = 512
     """Use at most this many calibration samples."""
     min_samples: Positive = 16

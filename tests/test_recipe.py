@@ -108,7 +108,7 @@ def test_the_message_of_one_mistake(tmp_path: Path, change: tuple[str, str], mes
         ('[latency]\nbatches = [1]\n[[gates]]\nmetric = "p50_ms"\nmax = 1\nbatch = 8', "r.toml:17: [gates #1] batch: batch 8 is not timed; expected one of 1 (latency.batches)."),
         ('[quantize]\nmin_sqnr_db = -inf', "r.toml:13: [quantize] min_sqnr_db: found -inf; a finite number was expected."),
         ('[data]\nsource = "x.csv"', "r.toml:13: [data] source: found 'x.csv'; a Python file was expected."),
-        ('[quantize]\nmethod = "kl"', "r.toml:13: [quantize] method: found 'kl'; expected one of minmax, percentile, entropy, mse."),
+        ('[quantize]\nmethod = "kl"', "r.toml:13: [quantize] method: found 'kl'; expected one of auto, minmax, percentile, entropy, mse."),
         ('[[engines]]\nprecision = "fp16"\nweights_only = true', "r.toml:14: [engines #1] weights_only: only an INT8, FP8 or INT4 engine has rounded weights; this one is fp16. Remove it."),
         ('[[engines]]\nprecision = "int8"\nblock = 64', "r.toml:14: [engines #1] block: only an INT4 engine shares scales in blocks; this one is int8. Remove it."),
         ('[tensorrt]\nstrip = true', "r.toml:13: [tensorrt] strip: a plan without weights cannot run unless it can be refitted. Set refit too."),
