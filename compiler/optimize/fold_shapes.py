@@ -40,7 +40,13 @@ def _run(model: ir.Model, limit_bytes: int) -> int:
         for node in graph:
             if node.domain != "" or edit.constant(node.outputs[0] if node.outputs else None) is not None:
                 continue
-            if node.op_type == "Reshape":
+            if node.op_type == "Reshape" and (swapped := _swapped(node, known)) is not None:
+                perm = ir.AttrInt64s("perm", [*range(swapped[1] - 2), swapped[1] - 1, swapped[1] - 2])
+                output = node.outputs[0]
+                edit.replace(output, editor.node("Transpose", (swapped[0],), (perm,), before=node, like=output))
+                edit.remove(node)
+                changed += 1
+            elif node.op_type == "Reshape":
                 changed += _settle_target(node, known, editor)
             elif node.op_type == "Expand":
                 source = _unexpanded(node, known)
@@ -97,6 +103,29 @@ def _settle_target(node: ir.Node, known: dict[ir.Value, _Sizes], editor: edit.Ed
     # Every number in it is at least 1 or copies, so only the default of 0 is right.
     node.attributes.pop("allowzero", None)
     return 1
+
+
+def _swapped(node: ir.Node, known: dict[ir.Value, _Sizes]) -> tuple[ir.Value, int] | None:
+    """The tensor, and its rank, of which ``node`` swaps the last two axes by way of a batch of matrices.
+
+    As torch exports the transposition of attention's keys: ``[B, H, T, K] -> [B H, T, K] -> [B H, K, T] -> [B, H, K, T]``.
+    """
+    turned = edit.input_at(node, 0)
+    transpose = turned.producer() if turned is not None else None
+    if not edit.is_op(transpose, "Transpose") or edit.input_at(transpose, 0) is None:
+        return None
+    perm = transpose.attributes.get("perm")
+    flat = transpose.inputs[0].producer() if transpose.inputs[0] is not None else None
+    if perm is None or perm.is_ref() or tuple(perm.as_ints()) != (0, 2, 1) or not edit.is_op(flat, "Reshape"):
+        return None
+    source, flattened, target = flat.inputs[0], _sizes(flat.inputs[1], known), _sizes(node.inputs[1], known)
+    shape = edit.dims(source)
+    if source is None or shape is None or len(shape) < 3 or flattened is None or target is None:
+        return None
+    last = shape[-2:]
+    fixed = not any(size is None or size == 0 for size in (*shape, *flattened.elements, *target.elements))
+    same = flattened.elements[1:] == last and target.elements == (*shape[:-2], *last[::-1])
+    return (source, len(shape)) if fixed and same else None
 
 
 def _without_rest(source: edit.Dims, target: edit.Dims) -> edit.Dims:
@@ -269,7 +298,7 @@ _FOLLOW: dict[str, _Follow] = {
 
 FOLD_SHAPES = Pass(
     name="fold_shapes",
-    does="makes sizes, and targets of Reshape and Expand, constant where shapes say what they are",
+    does="makes sizes, and targets of Reshape and Expand, constant where shapes say what they are; one Transpose of three",
     counts="node",
     run=_run,
 )
