@@ -9,6 +9,7 @@ Why positioned reads and not a memory map: mapped pages count as the process's m
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from array import array
@@ -313,51 +314,64 @@ class _Sample:
 def collect(recipe: Recipe, sources: Sources, *, out_dir: Path, progress: Progress = no_progress) -> DataSets:
     """Run the user's ``calibration()`` (where an engine needs it) and ``validation()``, check and store every sample.
 
-    Takes at most ``quantize.samples`` and ``data.validation_samples`` samples. An item that holds several samples along
+    Where the recipe searches, samples to select by come from ``selection()``, written like ``validation()``, or else
+    are what ``calibration()`` yields beyond those that calibrate, without labels. Takes at most ``quantize.samples`` and ``data.validation_samples`` samples. An item that holds several samples along
     the batch axis is split, and with it its labels, along their first axis; labels of calibration samples are ignored.
 
     Raises:
         CalibrationError: the file has no such functions or they raise, a sample does not fit the recipe's inputs or is
-            not finite, a set is empty, too small, or shows one value only, or the two sets share samples.
+            not finite, a set is empty, too small, or shows one value only, or two sets share samples.
     """
     calibrate = any(engine.precision is not Precision.FP32 for engine in recipe.engines)
-    calibration: CalibrationSet | None = None
-    calibration_hashes: list[bytes] = []
+    search = recipe.search if any(recipe.searched(engine) for engine in recipe.engines) else None
+    selecting = search.samples if search else 0
+    limit = recipe.data.validation_samples
+    hashes: dict[str, list[bytes]] = {}
+    found: dict[str, str] = {}
     notes: list[str] = []
-    asked = recipe.quantize.samples if calibrate else 0
-    if calibrate:
-        calibration_hashes, sha256, notes = _store(
-            recipe,
-            _samples(recipe, sources, "calibration", recipe.quantize.samples),
-            "calibration",
-            out_dir / "calibration",
-            lambda done: progress(done, max(done, asked)),
+
+    def store(name: str, samples: Iterator[_Sample], expected: int) -> None:
+        done = sum(map(len, hashes.values()))
+        asked = done + expected
+        hashes[name], found[name], more = _store(
+            recipe, samples, name, out_dir / name, lambda count: progress(done + count, max(done + count, asked))
         )
-        if len(calibration_hashes) < recipe.quantize.min_samples:
+        notes.extend(more)
+
+    calibrating: Iterator[_Sample] = iter(())
+    if calibrate:
+        calibrating = _samples(recipe, sources, "calibration", recipe.quantize.samples + selecting)
+        store("calibration", itertools.islice(calibrating, recipe.quantize.samples), recipe.quantize.samples)
+        if len(hashes["calibration"]) < recipe.quantize.min_samples:
             raise CalibrationError(
-                f"calibration set: {len(calibration_hashes)} samples; at least {recipe.quantize.min_samples} were "
+                f"calibration set: {len(hashes['calibration'])} samples; at least {recipe.quantize.min_samples} were "
                 "expected. Yield more from calibration(), or lower [quantize] min_samples."
             )
-        calibration = CalibrationSet(path=out_dir / "calibration", samples=len(calibration_hashes), sha256=sha256)
-    limit = recipe.data.validation_samples
-    validation_hashes, sha256, more = _store(
-        recipe,
-        _samples(recipe, sources, "validation", limit),
-        "validation",
-        out_dir / "validation",
-        lambda done: progress(asked + done, asked + max(done, limit or 0)),
+    if search is not None:
+        own = hasattr(_data_module(sources), "selection")
+        store("selection", _samples(recipe, sources, "selection", selecting) if own else calibrating, selecting)
+    store("validation", _samples(recipe, sources, "validation", limit), limit or 0)
+    if limit is not None and len(hashes["validation"]) < limit:
+        notes.append(f"validation set: {len(hashes['validation'])} samples, where the recipe asks for {limit}")
+    for one, other in itertools.combinations(hashes, 2):
+        _refuse_overlap(one, hashes[one], other, hashes[other])
+
+    def judging(name: str) -> ValidationSet:
+        path = out_dir / name
+        labelled = Samples(path).labelled
+        return ValidationSet(path=path, samples=len(hashes[name]), sha256=found[name], labelled=labelled)
+
+    calibration = None
+    if calibrate:
+        calibration = CalibrationSet(
+            path=out_dir / "calibration", samples=len(hashes["calibration"]), sha256=found["calibration"]
+        )
+    return DataSets(
+        calibration=calibration,
+        validation=judging("validation"),
+        selection=judging("selection") if search is not None else None,
+        notes=tuple(notes),
     )
-    notes += more
-    if limit is not None and len(validation_hashes) < limit:
-        notes.append(f"validation set: {len(validation_hashes)} samples, where the recipe asks for {limit}")
-    _refuse_overlap(calibration_hashes, validation_hashes)
-    validation = ValidationSet(
-        path=out_dir / "validation",
-        samples=len(validation_hashes),
-        sha256=sha256,
-        labelled=Samples(out_dir / "validation").labelled,
-    )
-    return DataSets(calibration=calibration, validation=validation, notes=tuple(notes))
 
 
 def first_samples(recipe: Recipe, sources: Sources, count: int) -> list[dict[str, Array]]:
@@ -375,6 +389,11 @@ def first_samples(recipe: Recipe, sources: Sources, count: int) -> list[dict[str
 
 
 def _empty(name: str) -> CalibrationError:
+    if name == "selection":
+        return CalibrationError(
+            "selection set: no samples; some that [search] can choose by were expected. Define selection(), written like "
+            "validation(), or let calibration() yield more than [quantize] samples."
+        )
     return CalibrationError(
         f"{name} set: {name}() yields no samples; at least one was expected. Check the path or filter it reads with."
     )
@@ -421,15 +440,15 @@ def _store(
     return hashes, Samples(path).sha256, notes
 
 
-def _refuse_overlap(calibration: Sequence[bytes], validation: Sequence[bytes]) -> None:
-    seen = {digest: index for index, digest in reversed(list(enumerate(calibration)))}
-    shared = [(index, seen[digest]) for index, digest in enumerate(validation) if digest in seen]
+def _refuse_overlap(one: str, ones: Sequence[bytes], other: str, others: Sequence[bytes]) -> None:
+    seen = {digest: index for index, digest in reversed(list(enumerate(ones)))}
+    shared = [(index, seen[digest]) for index, digest in enumerate(others) if digest in seen]
     if shared:
-        first = ", ".join(f"validation {index} = calibration {other}" for index, other in shared[:3])
+        first = ", ".join(f"{other} {index} = {one} {same}" for index, same in shared[:3])
         raise CalibrationError(
-            f"calibration and validation sets: {len(shared)} of {len(validation)} validation samples are also "
-            f"calibration samples ({first}{', ...' if len(shared) > 3 else ''}); disjoint sets were expected. Split the "
-            "data before both functions."
+            f"{one} and {other} sets: {len(shared)} of {len(others)} {other} samples are also {one} samples "
+            f"({first}{', ...' if len(shared) > 3 else ''}); disjoint sets were expected. Split the data before both "
+            "functions."
         )
 
 
@@ -476,7 +495,7 @@ def _split(recipe: Recipe, item: Any, name: str, count: int) -> Iterator[_Sample
     where = f"{name} sample {count}"
     labels = None
     if isinstance(item, (tuple, list)) and len(item) == 2 and isinstance(item[0], Mapping):
-        item, labels = item[0], item[1] if name == "validation" else None
+        item, labels = item[0], None if name == "calibration" else item[1]
     if not isinstance(item, Mapping):
         raise CalibrationError(
             f"{where}: found {_kind(item)}; a dict of arrays, or (dict, labels), was expected. Yield "

@@ -8,11 +8,13 @@ imports a user's code or a heavy library.
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin
 
 import msgspec
@@ -245,6 +247,31 @@ class GateSection(_Section, frozen=True, kw_only=True):
         return f"{self.metric}{over} {limit}{batch}{confidence}"
 
 
+class SearchSection(_Section, frozen=True, kw_only=True):
+    """``[search]``: choose for every quantised engine which layers stay in higher precision, by measurement.
+
+    Of the mixtures that keep within the budget the best by ``objective`` becomes the engine; where FP32 is no slower
+    (or no larger), FP32 does. What is measured here are samples of their own: those of ``selection()`` in the data file,
+    or else what ``calibration()`` yields beyond ``quantize.samples``; never those that the gates judge by.
+    """
+
+    engine: str = "*"
+    """Engines to search for: a name or a shell pattern."""
+    budget: tuple[GateSection, ...] = ()
+    """``[[search.budget]]``: what a mixture must show, written like gates; default: the recipe's own gates on accuracy."""
+    objective: Literal["latency", "size"] = "latency"
+    minutes: Annotated[float, Meta(gt=0)] = 5.0
+    """What the search for one engine may take; interrupted, it goes on where it was."""
+    samples: Positive = 256
+    """Use at most this many samples to select."""
+
+    def budget_of(self, label: str, gates: Sequence[GateSection]) -> tuple[GateSection, ...]:
+        """The limits on the accuracy of engine ``label``, of a recipe with ``gates``."""
+        own = tuple(gate for gate in gates if fnmatch.fnmatchcase(label, gate.engine))
+        chosen = self.budget or tuple(gate for gate in own if gate.metric not in SPEED_METRICS | SIZE_METRICS)
+        return tuple(msgspec.structs.replace(gate, engine="*") for gate in chosen)
+
+
 QUANTIZED = frozenset({Precision.INT8, Precision.FP8, Precision.INT4})
 SPEED_METRICS = frozenset({"speedup_p50", "p50_ms", "p90_ms", "p99_ms", "per_s"})
 SIZE_METRICS = frozenset({"size_mib", "size_ratio"})
@@ -267,6 +294,7 @@ class Recipe(_Section, frozen=True, kw_only=True):
     quantize: QuantizeSection = QuantizeSection()
     tensorrt: TensorRTSection = TensorRTSection()
     latency: LatencySection = LatencySection()
+    search: SearchSection | None = None
     gates: tuple[GateSection, ...] = (GateSection(metric="cosine", min=0.99), GateSection(metric="sqnr_db", min=10.0))
     """By default the outputs keep their direction (cosine) and their size, which cosine does not see (SQNR)."""
 
@@ -277,6 +305,12 @@ class Recipe(_Section, frozen=True, kw_only=True):
             TensorSpec(name=name, dtype=section.dtype, shape=section.shape)
             for name, section in self.model.inputs.items()
         )
+
+    def searched(self, engine: EngineSection) -> bool:
+        """Whether ``engine`` is chosen by ``[search]``."""
+        if self.search is None or engine.precision not in QUANTIZED:
+            return False
+        return fnmatch.fnmatchcase(engine.label, self.search.engine)
 
     @property
     def batches(self) -> tuple[int, ...]:
@@ -397,6 +431,8 @@ def _decode(value: Any, kind: Any, path: tuple[str | int, ...], problems: list[_
     if isinstance(kind, type) and issubclass(kind, Struct):
         return _decode_table(value, kind, path, problems)
     origin, arguments = get_origin(kind), get_args(kind)
+    if origin is UnionType and issubclass(arguments[0], Struct):
+        return _decode_table(value, arguments[0], path, problems)
     if (
         origin is dict
         and isinstance(arguments[1], type)
@@ -514,6 +550,7 @@ def _check(recipe: Recipe) -> Iterator[_Problem]:
     yield from _check_engines(recipe)
     yield from _check_tensorrt(recipe)
     yield from _check_gates(recipe)
+    yield from _check_search(recipe)
 
 
 def _check_inputs(recipe: Recipe) -> Iterator[_Problem]:
@@ -702,23 +739,10 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def _check_gates(recipe: Recipe) -> Iterator[_Problem]:
-    import fnmatch
-
     names = [engine.label for engine in recipe.engines]
     for index, gate in enumerate(recipe.gates):
         where = ("gates", index)
-        limits = [key for key in ("max_drop", "min", "max") if getattr(gate, key) is not None]
-        if len(limits) != 1:
-            found = " and ".join(limits) if limits else "none"
-            yield _Problem(where, f"found {found}; exactly one of max_drop, min, max was expected.")
-        elif gate.metric in SPEED_METRICS | SIZE_METRICS and limits == ["max_drop"]:
-            yield _Problem(
-                (*where, "max_drop"), f"'{gate.metric}' has no original to drop from; min or max was expected."
-            )
-        elif gate.metric in GENERIC_METRICS and limits == ["max_drop"]:
-            yield _Problem(
-                (*where, "max_drop"), f"'{gate.metric}' compares with the original already; min or max was expected."
-            )
+        yield from _check_limits(gate, where)
         if gate.engine != "*" and not fnmatch.filter(names, gate.engine):
             yield _Problem((*where, "engine"), f"no engine is named '{gate.engine}'; {suggest(gate.engine, names)}")
         if gate.batch is not None and gate.metric not in SPEED_METRICS:
@@ -734,6 +758,46 @@ def _check_gates(recipe: Recipe) -> Iterator[_Problem]:
             yield _Problem(
                 (*where, "against"),
                 f"found '{gate.against}'; {suggest(gate.against, ['original', 'eager', 'compile', *names])}",
+            )
+
+
+def _check_limits(gate: GateSection, where: tuple[str | int, ...]) -> Iterator[_Problem]:
+    limits = [key for key in ("max_drop", "min", "max") if getattr(gate, key) is not None]
+    if len(limits) != 1:
+        found = " and ".join(limits) if limits else "none"
+        yield _Problem(where, f"found {found}; exactly one of max_drop, min, max was expected.")
+    elif gate.metric in SPEED_METRICS | SIZE_METRICS and limits == ["max_drop"]:
+        yield _Problem((*where, "max_drop"), f"'{gate.metric}' has no original to drop from; min or max was expected.")
+    elif gate.metric in GENERIC_METRICS and limits == ["max_drop"]:
+        yield _Problem(
+            (*where, "max_drop"), f"'{gate.metric}' compares with the original already; min or max was expected."
+        )
+
+
+def _check_search(recipe: Recipe) -> Iterator[_Problem]:
+    search = recipe.search
+    if search is None:
+        return
+    labels = [engine.label for engine in recipe.engines if recipe.searched(engine)]
+    if not labels:
+        names = [engine.label for engine in recipe.engines if engine.precision in QUANTIZED]
+        expected = suggest(search.engine, names) if names else "an int8, fp8 or int4 engine was expected."
+        yield _Problem(("search", "engine"), f"'{search.engine}' is no quantised engine; {expected}")
+    for index, limit in enumerate(search.budget):
+        where = ("search", "budget", index)
+        yield from _check_limits(limit, where)
+        if limit.metric in SPEED_METRICS | SIZE_METRICS:
+            yield _Problem(
+                (*where, "metric"), f"'{limit.metric}' is no accuracy; the objective takes care of it. Name another."
+            )
+        for key in ("engine", "batch", "against"):
+            if getattr(limit, key) != getattr(GateSection(metric=""), key):
+                yield _Problem((*where, key), "has no meaning in a budget. Remove it.")
+    for label in labels:
+        if not search.budget_of(label, recipe.gates):
+            yield _Problem(
+                ("search", "budget"),
+                f"engine '{label}' has no gate on accuracy, and there is no [[search.budget]]. Add either.",
             )
 
 

@@ -114,6 +114,8 @@ class ValidationSet:
 class DataSets:
     calibration: CalibrationSet | None
     validation: ValidationSet
+    selection: ValidationSet | None = None
+    """Samples by which `search` chooses, which are in neither of the others."""
     notes: tuple[str, ...] = ()
 
 
@@ -126,6 +128,50 @@ class Statistics:
     data_sha256: str
     samples: int
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchPoint:
+    """One mixture of precisions that a search tried. ``keep`` in the recipe's engine gives it again."""
+
+    precision: Precision
+    """FP32 where nothing was rounded."""
+    keep: tuple[str, ...]
+    kept_layers: int
+    layers: int
+    measured: Mapping[str, float]
+    """By metric of the budget, on the selection samples."""
+    within: bool
+    """Whether it keeps within the budget."""
+    size_bytes: int
+    speedup: Mapping[int, float] = field(default_factory=dict)
+    """By batch size: median over blocks of FP32's latency by this one's; empty where it was not timed."""
+    p50_ms: Mapping[int, float] = field(default_factory=dict)
+    on_front: bool = False
+    """Whether no other point that was timed is better in one of error, latency and size, and no worse in the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """What a search for one engine found."""
+
+    engine: str
+    points: tuple[SearchPoint, ...]
+    """In the order in which they were tried."""
+    chosen: int
+    """Index of the point that the engine is made of."""
+    reason: str
+    budget: tuple[str, ...]
+    """Each limit in one line."""
+    samples: int
+    data_sha256: str
+    seconds: float
+    """Spent on measuring, over all runs of a search that was interrupted."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def point(self) -> SearchPoint:
+        return self.points[self.chosen]
 
 
 @dataclass(frozen=True, kw_only=True)
