@@ -141,12 +141,14 @@ class SearchPoint:
     layers: int
     measured: Mapping[str, float]
     """By metric of the budget, on the selection samples."""
+    sqnr_db: float | None
+    """Of the worst float output, against FP32; None where nothing differs."""
     within: bool
     """Whether it keeps within the budget."""
     size_bytes: int
-    speedup: Mapping[int, float] = field(default_factory=dict)
-    """By batch size: median over blocks of FP32's latency by this one's; empty where it was not timed."""
-    p50_ms: Mapping[int, float] = field(default_factory=dict)
+    speedup: Mapping[str, float] = field(default_factory=dict)
+    """By batch size, as text: median over blocks of FP32's latency by this one's; empty where it was not timed."""
+    p50_ms: Mapping[str, float] = field(default_factory=dict)
     on_front: bool = False
     """Whether no other point that was timed is better in one of error, latency and size, and no worse in the others."""
 

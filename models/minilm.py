@@ -5,7 +5,7 @@ The weights (Apache-2.0, https://huggingface.co/sentence-transformers/all-MiniLM
 graph, so that the engine returns what a vector index stores.
 
 The texts are docstrings of the standard library of the Python that runs this: a docstring's first paragraph is the
-query, the rest of it is what the query should find. 384 pairs judge; other docstrings calibrate.
+query, the rest of it is what the query should find. 384 pairs judge; other docstrings calibrate, and others again select.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ LENGTH = 128
 """Tokens per text. All texts are padded to it, as in a real batch: the attention mask has work to do."""
 
 VALIDATION_PAIRS = 384
+SELECTION_PAIRS = 256
 CALIBRATION_TEXTS = 256
 
 
@@ -90,8 +91,8 @@ def tokenize(texts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
 
 
 @cache
-def split() -> tuple[list[tuple[str, str]], list[str]]:
-    """(validation pairs, calibration texts). No two of all these texts have the same tokens once cut to `LENGTH`."""
+def split() -> tuple[list[tuple[str, str]], list[tuple[str, str]], list[str]]:
+    """(validation pairs, selection pairs, calibration texts). No two of all these texts have the same tokens once cut to `LENGTH`."""
     pairs = docstrings()
     tokens = tokenize([text for pair in pairs for text in pair])["input_ids"]
     seen: set[bytes] = set()
@@ -101,18 +102,27 @@ def split() -> tuple[list[tuple[str, str]], list[str]]:
         if len(keys) == 2 and not keys & seen:
             distinct.append(pair)
         seen |= keys
-    others = [text for pair in distinct[VALIDATION_PAIRS:] for text in pair]
-    return distinct[:VALIDATION_PAIRS], others[:CALIBRATION_TEXTS]
+    others = distinct[VALIDATION_PAIRS:]
+    calibration, selection = others[: CALIBRATION_TEXTS // 2], others[CALIBRATION_TEXTS // 2 :][:SELECTION_PAIRS]
+    return distinct[:VALIDATION_PAIRS], selection, [text for pair in calibration for text in pair]
 
 
 def calibration() -> Iterator[dict[str, NDArray[np.int64]]]:
     """Queries and bodies in turn, of docstrings that judge nothing."""
-    yield tokenize(split()[1])
+    yield tokenize(split()[2])
 
 
 def validation() -> Iterator[tuple[dict[str, NDArray[np.int64]], NDArray[np.int64]]]:
     """All queries, then all bodies; a label is ``[number of the pair, 0 for its query or 1 for its body]``."""
-    pairs = split()[0]
+    return labelled(split()[0])
+
+
+def selection() -> Iterator[tuple[dict[str, NDArray[np.int64]], NDArray[np.int64]]]:
+    """As `validation`, of other docstrings: for a search to choose by."""
+    return labelled(split()[1])
+
+
+def labelled(pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[dict[str, NDArray[np.int64]], NDArray[np.int64]]]:
     for side in (0, 1):
         labels = np.stack([np.arange(len(pairs)), np.full(len(pairs), side)], axis=1)
         yield tokenize([pair[side] for pair in pairs]), labels

@@ -19,7 +19,18 @@ import msgspec
 from compiler import backends, codec, source
 from compiler.backends.machine import usable_cores
 from compiler.recipe import QUANTIZED, EngineSection, Recipe, TensorRTSection
-from compiler.spec import DataSets, Engine, Interface, Latencies, OnnxModel, Outputs, Precision, Scores, Statistics
+from compiler.spec import (
+    DataSets,
+    Engine,
+    Interface,
+    Latencies,
+    OnnxModel,
+    Outputs,
+    Precision,
+    Scores,
+    Search,
+    Statistics,
+)
 
 STAND_IN = "onnxruntime"
 """The back end that runs the same ONNX file where an engine cannot run."""
@@ -28,6 +39,9 @@ _BUILD_KEYS = tuple(
     key for key in TensorRTSection.__struct_fields__ if key not in ("limit_s", "limit_mib", "ahead_of_time")
 )
 """Keys of ``[tensorrt]`` that change what is built."""
+
+_MAKING = ("export", "reference_to_select", "optimize", "observe", "search", "quantize", "stand_in")
+"""Stages that engine files which exist already do without."""
 
 _SHARED = ("spec.py", "source.py", "data.py", "onnx_files.py", "pipeline/steps.py")
 
@@ -62,6 +76,12 @@ STAGES: Mapping[str, Stage] = {
         packages=("torch", "transformers", *_GRAPH, *_ORT),
         error="ExportError",
     ),
+    "reference_to_select": Stage(
+        result=Outputs,
+        sources=("export.py", "backends/onnxruntime.py"),
+        packages=("torch", "transformers", *_GRAPH, *_ORT),
+        error="ExportError",
+    ),
     "optimize": Stage(
         result=OnnxModel,
         sources=("optimize", "backends/onnxruntime.py"),
@@ -72,6 +92,12 @@ STAGES: Mapping[str, Stage] = {
         result=Statistics,
         sources=("quantize/observe.py", "quantize/placement.py", "backends/onnxruntime.py"),
         packages=(*_GRAPH, *_ORT),
+        error="CalibrationError",
+    ),
+    "search": Stage(
+        result=Search,
+        sources=("quantize", "validate", "metrics.py", "backends", "pipeline/search.py", "pipeline/workshop.py"),
+        packages=(*_GRAPH, *_ORT, "numpy"),
         error="CalibrationError",
     ),
     "quantize": Stage(
@@ -188,6 +214,7 @@ def make(
 
     plain = recipe.to_dict()
     interface = {"model": plain["model"], "axes": plain["axes"], "files": files}
+    searched = [engine for engine in recipe.engines if recipe.searched(engine)]
     calibrated = any(engine.precision is not Precision.FP32 for engine in recipe.engines)
     data = add(
         "data",
@@ -198,11 +225,13 @@ def make(
             "data": plain["data"],
             "files": files,
             "calibrate": [recipe.quantize.samples, recipe.quantize.min_samples] if calibrated else None,
+            "select": recipe.search.samples if recipe.search and searched else None,
         },
     )
     export = add("export", {}, {**interface, "export": plain["export"]})
     reference = add("reference", {"data": data}, interface)
     model = add("optimize", {"model": export}, {"section": plain["optimize"]})
+    original_to_select = add("reference_to_select", {"data": data}, interface) if searched else ""
     observe = ""
     if calibrated:
         sizes = {"samples": recipe.quantize.samples, "min_samples": recipe.quantize.min_samples}
@@ -212,14 +241,24 @@ def make(
     threads = threads_of(recipe)
     for engine in recipe.engines:
         ready = model
-        if engine.precision is not Precision.FP32:
-            ready = add(
-                "quantize",
-                {"model": model, "data": data, "statistics": observe},
-                {"section": _quantize_section(recipe, engine), "engine": msgspec.to_builtins(engine)},
-                engine,
-            )
         name, reason = chosen[engine.label]
+        if engine.precision is not Precision.FP32:
+            needs = {"model": model, "data": data, "statistics": observe}
+            asked = {"section": _quantize_section(recipe, engine), "engine": msgspec.to_builtins(engine)}
+            if engine in searched:
+                assert recipe.search is not None, "searched"
+                how = {
+                    **asked,
+                    "search": plain["search"],
+                    "budget": msgspec.to_builtins(recipe.search.budget_of(engine.label, recipe.gates)),
+                    "batches": recipe.batches,
+                    "backend": [name, backends.get(name).fingerprint(), backends.get(STAND_IN).fingerprint()],
+                    "tensorrt": {key: plain["tensorrt"][key] for key in _BUILD_KEYS},
+                    "files": files,
+                    "threads": threads,
+                }
+                needs["search"] = add("search", {**needs, "original": original_to_select}, how, engine)
+            ready = add("quantize", needs, asked, engine)
         # An engine carries its name and the reason for its back end.
         parts: dict[str, Any] = {
             "name": engine.label,
@@ -260,7 +299,7 @@ def for_engines(plan: Plan, engines: Mapping[str, Engine]) -> Plan:
     keys: dict[str, str] = {}
     steps = []
     for step in plan.steps:
-        if step.stage in ("export", "optimize", "observe", "quantize", "stand_in"):
+        if step.stage in _MAKING:
             continue
         if step.stage == "build":
             step = replace(step, key=codec.key({"adopted": engines[step.engine or ""].sha256}), needs={})

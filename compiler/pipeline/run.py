@@ -164,18 +164,29 @@ class _Run:
             name: {"stage": self.plan.step(id).stage, "folder": str(self.finished.folders[id])}
             for name, id in needs.items()
         }
-        job = _job(step, self.recipe, self.base, inputs, folder, caches=self.store.root / CACHES, threads=self.threads)
+        job = _job(
+            step, self.recipe, self.base, inputs, folder, key=key, caches=self.store.root / CACHES, threads=self.threads
+        )
         peak_mib = _run_child(step, job, self.store.log_path(key), self.watcher)
         took = {"seconds": round(time.monotonic() - began, 3), "peak_mib": peak_mib}
         (folder / TOOK).write_text(json.dumps(took))
 
 
 def _job(
-    step: Step, recipe: Recipe, base: Path, inputs: Mapping[str, Any], out_dir: Path, *, caches: Path, threads: int
+    step: Step,
+    recipe: Recipe,
+    base: Path,
+    inputs: Mapping[str, Any],
+    out_dir: Path,
+    *,
+    key: str,
+    caches: Path,
+    threads: int,
 ) -> dict[str, Any]:
     """What `compiler.pipeline.worker` is given."""
     return {
         "stage": step.stage,
+        "key": key,
         "recipe": recipe.to_dict(),
         "base": str(base),
         "engine": step.engine,
@@ -351,7 +362,7 @@ def inspect(model: Path) -> Interface:
         folder = store.root / "inspect"
         folder.mkdir()
         base = model.absolute().parent
-        job = _job(step, recipe, base, {}, folder, caches=store.root / CACHES, threads=threads_of(recipe))
+        job = _job(step, recipe, base, {}, folder, key=step.key, caches=store.root / CACHES, threads=threads_of(recipe))
         _run_child(step, job, store.log_path("inspect"), Unwatched())
         return codec.load((folder / RESULT).read_bytes(), Interface, folder)
 

@@ -11,8 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from compiler import backends, source
 from compiler.errors import BuildEngineError
+from compiler.pipeline.measures import user_measures
 from compiler.recipe import EngineSection, Recipe
 from compiler.spec import (
     CalibrationSet,
@@ -27,6 +30,7 @@ from compiler.spec import (
     Progress,
     Runner,
     Scores,
+    Search,
     StandIn,
     Statistics,
     batch_axis,
@@ -38,6 +42,7 @@ class Job:
     """One step, ready to run. ``inputs`` holds the results of the steps it needs, by the names in `plan.Step.needs`."""
 
     stage: str
+    key: str
     recipe: Recipe
     base: Path
     """The recipe's folder; relative paths in the recipe start here."""
@@ -85,10 +90,13 @@ def _reference(job: Job) -> Outputs:
     from compiler import export
     from compiler.backends.onnxruntime import open_model
 
+    sets: DataSets = job.inputs["data"]
+    judging = sets.selection if job.stage == "reference_to_select" else sets.validation
+    assert judging is not None, "a search has samples to select by"
     return export.reference(
         job.recipe,
         job.sources,
-        job.inputs["data"].validation,
+        judging,
         threads=job.threads,
         open_model=open_model,
         out_dir=job.out_dir,
@@ -121,12 +129,41 @@ def _observe(job: Job) -> Statistics:
     )
 
 
+def _search(job: Job) -> Search:
+    from compiler.pipeline import search
+    from compiler.pipeline.workshop import Workshop
+    from compiler.quantize.groups import groups
+
+    section, engine = job.recipe.search, job.section
+    assert section is not None, "the plan asks for a search where the recipe does"
+    budget = section.budget_of(engine.label, job.recipe.gates)
+    workshop = Workshop(job, budget)
+    return search.search(
+        engine.label,
+        section,
+        budget,
+        groups(job.inputs["model"], job.inputs["statistics"], keep=(*job.recipe.quantize.keep, *engine.keep)),
+        workshop.data,
+        workshop,
+        rivals=workshop.rivals,
+        journal=job.caches / "search" / f"{job.key}.jsonl",
+        out_dir=job.out_dir,
+        progress=job.progress,
+    )
+
+
 def _quantize(job: Job) -> OnnxModel:
     from compiler.backends.onnxruntime import open_model
     from compiler.quantize import quantize
 
+    engine = job.section
+    found: Search | None = job.inputs.get("search")
+    if found is not None:
+        engine = msgspec.structs.replace(
+            engine, precision=found.point.precision, keep=(*engine.keep, *found.point.keep)
+        )
     return quantize(
-        job.section,
+        engine,
         job.recipe.quantize,
         job.inputs["model"],
         job.inputs["statistics"],
@@ -176,14 +213,6 @@ def _accuracy(job: Job) -> Scores:
     why = backends.get(engine.backend).cannot_run() or "it could not run where the plan was made"
     stand_in = StandIn(backend=runs.backend, engine_sha256=runs.sha256, model_sha256=runs.model_sha256, reason=why)
     return replace(scores, stand_in=stand_in)
-
-
-def user_measures(sources: source.Sources) -> dict[str, dict[str, Callable[..., Any]]]:
-    """The three dicts of measures that a model file may define; see `compiler.metrics`."""
-    if sources.data_path is None:
-        return {"metrics": {}, "losses": {}, "agreements": {}}
-    module = source.load_module(sources.data_path)
-    return {name: dict(getattr(module, name, {})) for name in ("metrics", "losses", "agreements")}
 
 
 def _latency(job: Job) -> Latencies:
@@ -252,6 +281,8 @@ RUN: Mapping[str, Callable[[Job], Any]] = {
     "reference": _reference,
     "optimize": _optimize,
     "observe": _observe,
+    "reference_to_select": _reference,
+    "search": _search,
     "quantize": _quantize,
     "build": _build,
     "stand_in": _build,

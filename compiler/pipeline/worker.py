@@ -65,6 +65,7 @@ def _run(job: Mapping[str, Any], out_dir: Path, report: TextIO) -> Any:
     return steps.RUN[job["stage"]](
         steps.Job(
             stage=job["stage"],
+            key=job["key"],
             recipe=recipe,
             base=Path(job["base"]),
             engine=engine,

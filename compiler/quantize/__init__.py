@@ -39,9 +39,11 @@ def quantize(
     open_model: OpenModel,
     threads: int,
     out_dir: Path,
+    checked: bool = True,
     progress: Progress = no_progress,
 ) -> OnnxModel:
-    """``model`` in the precision of ``engine``; a quantised one is compared with the original before it is handed on.
+    """``model`` in the precision of ``engine``; a quantised one is compared with the original before it is handed on,
+    unless not ``checked``: a search measures better than that. FP32 is the model as it is.
 
     Raises:
         CalibrationError: the statistics are another model's; there is nothing to round; a weight is not finite; or the
@@ -62,10 +64,12 @@ def quantize(
         quantised = _round(network, engine, section, observed)
         notes, seen_as, observed = list(quantised.notes), quantised.seen_as, quantised.observed
         least_db = section.min_sqnr_db
+    elif engine.precision is Precision.FP32:
+        notes, checked = [], False
     else:
         notes = half.convert(network, to=engine.precision, statistics=observed, keep=engine.keep)
     _, external = onnx_files.write(network, path)
-    if engine.precision is not Precision.BF16:  # which ONNX Runtime cannot run on a CPU
+    if checked and engine.precision is not Precision.BF16:  # which ONNX Runtime cannot run on a CPU
         notes.append(
             fidelity.check(
                 model.path,

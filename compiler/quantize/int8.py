@@ -26,7 +26,9 @@ def convert(model: ir.Model, engine: EngineSection, section: QuantizeSection, ob
         raise placement.none_left(
             len(everything.weights), "INT8", "Conv, ConvTranspose, Gemm or MatMul with a constant weight"
         )
-    smoothed = smooth.smooth(graph, placed, observed)
+    smoothed = smooth.Smoothed(peaks={}, gains_db=())
+    if section.smooth != "off":
+        smoothed = smooth.smooth(graph, placed, observed)
     if smoothed.peaks:
         placed = placement.place(graph, keep=keep, barred=masked)
     count = f"{len(placed.nodes)} of {len(everything.nodes)} layers with constant weights and "

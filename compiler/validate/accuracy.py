@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,31 @@ class _Seen:
     old: dict[str, Rows]
 
 
+def noise_share(engine: Engine, runner: Runner, data: ValidationSet, original: Outputs, *, samples: int) -> float:
+    """Power of the difference from the original's outputs in shares of their own, of the worst float output.
+
+    Over up to ``samples`` samples, evenly spaced: ``sum((new - old)^2) / sum(old^2)``; infinite where a difference is no
+    number. 0 where there is no float output.
+
+    Raises:
+        BuildError: the engine does not run, or its outputs are not those of the original in name or shape.
+    """
+    stored, reference = Samples(data.path), Samples(original.path)
+    _check_sets(data, original, stored, reference)
+    wanted = {place * len(stored) // samples for place in range(samples)} if len(stored) > samples else None
+    signal: dict[str, float] = {}
+    noise: dict[str, float] = {}
+    for indices in _batches(engine, stored, wanted):
+        new, old = _run(engine, runner, stored, indices, reference.names), _original(engine, reference, indices)
+        for name in reference.names:
+            for x, y in zip(new[name], old[name], strict=True):
+                if y.dtype.kind == "f" and np.isfinite(y).all():
+                    signal[name] = signal.get(name, 0.0) + float(np.sum(y.astype(np.float64) ** 2))
+                    noise[name] = noise.get(name, 0.0) + float(np.sum((x.astype(np.float64) - y) ** 2))
+    worst = max((noise[name] / signal[name] for name in signal if signal[name] > 0), default=0.0)
+    return worst if np.isfinite(worst) else np.inf
+
+
 def _compare(
     engine: Engine, runner: Runner, samples: Samples, reference: Samples, *, keep: bool, progress: Progress
 ) -> _Seen:
@@ -175,13 +200,13 @@ def _compare(
     return _Seen(bad=bad, agreements=agreements, single_decision=single, new=kept_new, old=kept_old)
 
 
-def _batches(engine: Engine, samples: Samples) -> Iterator[list[int]]:
-    """Indices of every sample once; those of equal shapes together, at most the batch axis's optimum."""
+def _batches(engine: Engine, samples: Samples, wanted: Collection[int] | None = None) -> Iterator[list[int]]:
+    """Indices of every sample (of those in ``wanted``) once; those of equal shapes together, at most the batch axis's optimum."""
     axis = batch_axis(engine.inputs)
     stackable = axis is not None and all(axis in spec.shape for spec in (*engine.inputs, *engine.outputs))
     size = engine.axes[axis].opt if axis is not None and stackable else 1
     alike: dict[tuple[tuple[int, ...], ...], list[int]] = {}
-    for index in range(len(samples)):
+    for index in range(len(samples)) if wanted is None else sorted(wanted):
         group = alike.setdefault(tuple(samples.shapes(index).values()), [])
         group.append(index)
         if len(group) == size:
