@@ -26,22 +26,25 @@ def convert(model: ir.Model, engine: EngineSection, section: QuantizeSection, ob
         raise placement.none_left(
             len(everything.weights), "INT8", "Conv, ConvTranspose, Gemm or MatMul with a constant weight"
         )
-    smoothed = smooth.Smoothed(peaks={}, gains_db=())
-    if section.smooth != "off":
-        smoothed = smooth.smooth(graph, placed, observed)
+    rest = qdq.notes_on_the_rest(graph, engine.rest, everything, observed)
+    smoothed = smooth.NOTHING
+    smoothing, splitting = section.smooth != "off", section.split != "off"
+    if smoothing or splitting:
+        smoothed = smooth.smooth(graph, placed, observed, smoothing=smoothing, splitting=splitting)
     if smoothed.peaks:
-        placed = placement.place(graph, keep=keep, barred=masked)
+        placed = placement.place(graph, keep=(*keep, *smoothed.apart), barred=masked)
     count = f"{len(placed.nodes)} of {len(everything.nodes)} layers with constant weights and "
     notes = [
         f"INT8: {count}{len(placed.activations)} activations ({section.method}); the rest stays {engine.rest.upper()}"
     ]
     if smoothed.gains_db:
         gains = sorted({f"{gain:.0f}" for gain in (min(smoothed.gains_db), max(smoothed.gains_db))}, key=float)
+        apart = f" ({smoothed.split} of them with channels in high precision)" if smoothed.split else ""
         notes.append(
             f"smoothed for their outlying channels, whole range kept: {len(smoothed.gains_db)} of "
-            f"{len(placed.activations)} activations, expected error {' to '.join(gains)} dB lower"
+            f"{len(placed.activations)} activations{apart}, expected error {' to '.join(gains)} dB lower"
         )
-    notes += qdq.notes_on_the_rest(graph, engine.rest, everything, observed)
+    notes += rest
     scale_of = qdq.scales(placed, observed, method=section.method, percentile=section.percentile, peaks=smoothed.peaks)
     rounded = qdq.insert(model, placed, scale_of, rest=engine.rest)
     known = {**observed, **{name: TensorStatistics(low=-peak, high=peak) for name, peak in smoothed.peaks.items()}}
