@@ -11,11 +11,16 @@ that is; sums of floats may come out in another order.
 - A matrix product of rounded operands becomes MatMulIntegerToFloat, bias inside. The runtime would make it itself, but
   without the bias, and not of a product of rank 2 with a bias, which it turns into a float Gemm first (7 times
   FP32's time, against 0.55).
+- Rows of a table in INT8 are looked up first and scaled then: the runtime would scale the whole table in every call. A head
+  that multiplies by the transposed table wants it so in memory; then the lookup takes columns of that, and one copy serves both.
 - Attention becomes one operator: see `attention`.
 - BF16 has no kernels on a CPU: every operator computes in FP32, and its result is rounded to BF16, as on a GPU.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -35,9 +40,11 @@ def lower(model: ir.Model) -> list[str]:
     """Lower ``model`` in place; returns what a reader of the report should know."""
     notes = []
     fuse_attention(model)
+    turned: dict[ir.Value, ir.Value] = {}
     if any(node.op_type == "QuantizeLinear" for node in model.graph):
         to_unsigned(model)
-        fuse_products(model)
+        turned = fuse_products(model)
+    look_up_first(model, turned)
     if emulate_bfloat16(model):
         notes.append("BF16 is emulated on this CPU (FP32 kernels, results rounded): it shows accuracy, not speed")
     return notes
@@ -130,19 +137,93 @@ def _rounded(value: Array, scale: Array) -> Array:
     return limited
 
 
-def fuse_products(model: ir.Model) -> None:
-    """MatMul and Gemm of rounded operands as MatMulIntegerToFloat, in place: exact sums, scaled once, bias added."""
-    editor = _Editor(model)
-    fused = [node for node in tuple(model.graph) if node.domain == "" and _fuse_product(model.graph, editor, node)]
+def fuse_products(model: ir.Model) -> dict[ir.Value, ir.Value]:
+    """MatMul and Gemm of rounded operands as MatMulIntegerToFloat, in place: exact sums, scaled once, bias added.
+
+    Returns by matrix that had to be transposed what it became.
+    """
+    editor, turned = _Editor(model), dict[ir.Value, ir.Value]()
+    fused = [
+        node for node in tuple(model.graph) if node.domain == "" and _fuse_product(model.graph, editor, node, turned)
+    ]
     if fused:
         model.opset_imports[MICROSOFT] = 1
         RemoveUnusedNodesPass()(model)
+    return turned
 
 
-def _fuse_product(graph: ir.Graph, editor: _Editor, node: ir.Node) -> bool:
+def look_up_first(model: ir.Model, turned: Mapping[ir.Value, ir.Value]) -> None:
+    """``Gather(DequantizeLinear(table))`` with a scale per row as ``Gather(table) * Gather(scales)``, in place.
+
+    Args:
+        turned: tables that somebody reads transposed, and what they read.
+    """
+    graph, editor, changed = model.graph, _Editor(model), False
+    for node in tuple(graph):
+        if node.domain != "" or node.op_type != "Gather" or node.inputs[1] is None:
+            continue
+        axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
+        dequantize = _dequantize_before(node.inputs[0])
+        table = dequantize.inputs[0] if dequantize is not None else None
+        steps = _array(table)
+        if dequantize is None or table is None or steps is None or steps.ndim != 2 or axis not in (0, -2):
+            continue
+        scale, zero_point = dequantize.inputs[1], _array(dequantize.inputs[2])
+        along = dequantize.attributes["axis"].as_int() if "axis" in dequantize.attributes else 1
+        by_row = along in (0, -2) and scale is not None and scale.shape is not None and len(scale.shape) == 1
+        if not by_row or "block_size" in dequantize.attributes or zero_point is None or zero_point.any():
+            continue
+        _look_up(graph, editor, node, table, scale, turned.get(table))
+        changed = True
+    if changed:
+        RemoveUnusedNodesPass()(model)
+
+
+def _look_up(
+    graph: ir.Graph,
+    editor: _Editor,
+    gather: ir.Node,
+    table: ir.Value,
+    scale: ir.Value | None,
+    turned: ir.Value | None,
+) -> None:
+    rows, made = gather.inputs[1], gather.outputs[0]
+    assert rows is not None and table.dtype is not None, "a lookup in a table"
+    kind, name = table.dtype, str(made.name)
+
+    def put(op: str, inputs: list[ir.Value | None], what: str, dtype: ir.DataType, **attributes: Any) -> ir.Value:
+        output = ir.Value(name=editor.free(f"{name}_{what}"), type=ir.TensorType(dtype))
+        graph.insert_before(gather, ir.node(op, inputs, attributes, outputs=[output], name=output.name))
+        return output
+
+    rank = len(made.shape) if made.shape is not None else None if rows.shape is None else len(rows.shape) + 1
+    if turned is None or rank is None:
+        steps = put("Gather", [table, rows], "steps", kind, axis=0)
+    else:
+        columns = put("Gather", [turned, rows], "columns", kind, axis=1)
+        steps = put("Transpose", [columns], "steps", kind, perm=[*range(1, rank), 0])
+    scales = put("Gather", [scale, rows], "row_scales", ir.DataType.FLOAT, axis=0)
+    last = editor.constant(f"{name}_last_axis", np.array([-1]))
+    wide = put("Unsqueeze", [scales, last], "scales", ir.DataType.FLOAT)
+    floats = put("Cast", [steps], "floats", ir.DataType.FLOAT, to=ir.DataType.FLOAT)
+    product = editor.like(made, f"{name}_scaled", ir.DataType.FLOAT)
+    graph.insert_before(gather, ir.node("Mul", [floats, wide], outputs=[product], name=product.name))
+    made.replace_all_uses_with(product, replace_graph_outputs=True)
+    graph.remove(gather, safe=True)
+    product.name = name
+
+
+def _fuse_product(graph: ir.Graph, editor: _Editor, node: ir.Node, turned: dict[ir.Value, ir.Value]) -> bool:
     if node.op_type not in ("MatMul", "Gemm") or len(node.inputs) < 2:
         return False
     activation, weight = _dequantize_before(node.inputs[0]), _dequantize_before(node.inputs[1])
+    transpose = node.inputs[1].producer() if node.inputs[1] is not None else None
+    if node.op_type == "MatMul" and weight is None and transpose is not None and transpose.op_type == "Transpose":
+        order = transpose.attributes.get("perm")
+        if transpose.domain == "" and (order is None or tuple(order.as_ints()) == (1, 0)):
+            weight = _dequantize_before(transpose.inputs[0])
+    else:
+        transpose = None
     if activation is None or weight is None:
         return False
     (steps, scale, middle), (weight_steps, weight_scale, _) = activation.inputs, weight.inputs
@@ -153,7 +234,7 @@ def _fuse_product(graph: ir.Graph, editor: _Editor, node: ir.Node) -> bool:
         return False
     if matrix.ndim != 2 or matrix.dtype != np.int8 or (steps.shape is not None and len(steps.shape) < 2):
         return False
-    transposed, bias, last = False, None, node
+    transposed, bias, last = transpose is not None, None, node
     if node.op_type == "Gemm":
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
         if attributes.get("alpha", 1.0) != 1.0 or attributes.get("beta", 1.0) != 1.0 or attributes.get("transA", 0):
@@ -170,7 +251,9 @@ def _fuse_product(graph: ir.Graph, editor: _Editor, node: ir.Node) -> bool:
     if node.op_type == "MatMul":
         last, bias = _bias_after(node, columns)
     if transposed:
-        weight_steps = editor.constant(f"{weight_steps.name}_transposed", np.ascontiguousarray(matrix.T))
+        if weight_steps not in turned:
+            turned[weight_steps] = editor.constant(f"{weight_steps.name}_transposed", np.ascontiguousarray(matrix.T))
+        weight_steps = turned[weight_steps]
     inputs = [steps, weight_steps, scale, weight_scale, middle, None, bias]
     output = last.outputs[0]
     made = ir.node(

@@ -80,6 +80,10 @@ class Workshop(Protocol):
     def noise(self, engine: Engine, runner: Runner, samples: int) -> float:
         """See `compiler.validate.accuracy.noise_share`."""
 
+    def noise_of_each(self, groups: Sequence[Group], samples: int) -> list[float] | None:
+        """What `noise` says of a model in which one group alone is rounded, for each; None where that is not to be had
+        without building each of them."""
+
     def judge(self, engine: Engine, scores: Scores) -> Verdict: ...
 
     def time(self, runners: Mapping[str, Runner]) -> Mapping[str, Mapping[int, tuple[float, float]]]:
@@ -194,12 +198,8 @@ def _search(label: str, groups: Sequence[Group], rivals: Sequence[Precision], ru
     base = run.mixture(frozenset())
     best = base if run.within(base) else None
     if best is None:
-        units, merges = run.affordable(groups)
-        if merges:
-            notes.append(merges)
-        order, missing = run.ranked(units, base)
-        if missing:
-            notes.append(f"no time was left to measure the noise of {missing} of {len(units)} groups alone")
+        order, more = run.ranked(groups, base)
+        notes += more
         best = run.shortest(order)
         if best is not None:
             best = run.thinned(best, order)
@@ -325,7 +325,7 @@ class _Run:
 
     # --- the order in which groups are kept -------------------------------------------------------------------------
 
-    def affordable(self, groups: Sequence[Group]) -> tuple[tuple[Group, ...], str]:
+    def _affordable(self, groups: Sequence[Group]) -> tuple[tuple[Group, ...], str]:
         """As many groups as there is time to measure one by one, and a note where neighbours had to be made one."""
         each_s = max(self._longest_s, 1e-3)
         count = max(int(SHARE_OF_NOISE * self._limit_s / each_s), 2)
@@ -334,18 +334,34 @@ class _Run:
         units = merged(groups, count)
         return units, f"{len(groups)} groups of layers were measured as {len(units)}: one takes {each_s:.1f} s"
 
-    def ranked(self, groups: Sequence[Group], base: _Tried) -> tuple[list[Group], int]:
-        """Groups, those first whose rounding adds most noise for what it saves; and how many could not be measured."""
+    def ranked(self, groups: Sequence[Group], base: _Tried) -> tuple[list[Group], list[str]]:
+        """Groups, those first whose rounding adds most noise for what it saves; and notes on those not measured."""
+        together = None
+        if not self.out_of_time:
+            key = json.dumps(["each alone", [sorted(group.keep) for group in groups]])
+            together = self._measured(key, lambda: self._workshop.noise_of_each(groups, NOISE_SAMPLES))
+        notes = []
+        if together is not None:
+            noise = {group: min(found, _MOST_NOISE) for group, found in zip(groups, together, strict=True)}
+        else:
+            groups, merges = self._affordable(groups)
+            notes += [merges] if merges else []
+            noise = self._noise_one_by_one(groups)
+            missing = len(groups) - len(noise)
+            if missing:
+                notes.append(f"no time was left to measure the noise of {missing} of {len(groups)} groups alone")
+        usual = base.noise / len(groups)
+        saved = {group: group.weight_bytes if self.section.objective == "size" else group.macs for group in groups}
+        return sorted(groups, key=lambda group: -noise.get(group, usual) / max(saved[group], 1.0)), notes
+
+    def _noise_one_by_one(self, groups: Sequence[Group]) -> dict[Group, float]:
         everything = frozenset(name for group in groups for name in group.keep)
         noise: dict[Group, float] = {}
         for group in groups:
             if self.out_of_time:
                 break
             noise[group] = self._noise_alone(group, everything)
-        usual = base.noise / len(groups)
-        saved = {group: group.weight_bytes if self.section.objective == "size" else group.macs for group in groups}
-        order = sorted(groups, key=lambda group: -noise.get(group, usual) / max(saved[group], 1.0))
-        return order, len(groups) - len(noise)
+        return noise
 
     def _noise_alone(self, group: Group, everything: frozenset[str]) -> float:
         """The noise that rounding this group alone leaves."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +17,11 @@ from compiler.backends.onnxruntime import open_model
 from compiler.data import Samples
 from compiler.errors import RecipeError
 from compiler.pipeline.measures import user_measures
+from compiler.quantize import switches
+from compiler.quantize.groups import Group
 from compiler.recipe import EngineSection, GateSection, LatencySection
 from compiler.spec import (
+    Array,
     Engine,
     Feeds,
     OnnxModel,
@@ -34,6 +39,24 @@ if TYPE_CHECKING:
 
 _TIMING = LatencySection(blocks=12, block_ms=40.0, limit_s=10.0, compile=False)
 """How candidates are timed; batch sizes are the recipe's."""
+
+
+class _Fed:
+    """A runner with some of its inputs given."""
+
+    def __init__(self, runner: Runner, given: Feeds) -> None:
+        self.inputs = tuple(spec for spec in runner.inputs if spec.name not in given)
+        self.outputs = runner.outputs
+        self._runner, self._given = runner, given
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        return self._runner.run({**feeds, **self._given})
+
+    def time(self, feeds: Feeds, repeats: int) -> list[float]:
+        return self._runner.time({**feeds, **self._given}, repeats)
+
+    def close(self) -> None:
+        self._runner.close()
 
 
 class Workshop:
@@ -91,6 +114,35 @@ class Workshop:
 
     def noise(self, engine: Engine, runner: Runner, samples: int) -> float:
         return accuracy.noise_share(engine, runner, self.data, self._job.inputs["original"], samples=samples)
+
+    def noise_of_each(self, groups: Sequence[Group], samples: int) -> list[float] | None:
+        job = self._job
+        model: OnnxModel = job.inputs["model"]
+        with tempfile.TemporaryDirectory(dir=job.out_dir) as folder:
+            path = Path(folder) / "switched.onnx"
+            names = switches.write(job.section, job.recipe.quantize, model, job.inputs["statistics"], groups, path)
+            if names is None:
+                return None
+            engine = Engine(
+                name=job.section.label,
+                path=path,
+                sha256="",
+                size_bytes=0,
+                backend=ONNXRUNTIME,
+                backend_reason="",
+                precision=Precision.FP32,
+                model_sha256=model.sha256,
+                platform=self._backend.platform(),
+                inputs=model.inputs,
+                outputs=model.outputs,
+                axes=model.axes,
+                build_s=0.0,
+            )
+            with closing(open_model(path, threads=job.threads)) as runner:
+                return [
+                    self.noise(engine, _Fed(runner, switches.feeds(names, place)), samples)
+                    for place in range(len(groups))
+                ]
 
     def judge(self, engine: Engine, scores: Scores) -> Verdict:
         return judge.judge(self._budget, [engine], {engine.name: scores}, None, 1)[0]

@@ -7,12 +7,13 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from compiler import onnx_files
 from compiler.errors import CalibrationError
-from compiler.quantize import fidelity, fp8, half, int8, weights
+from compiler.quantize import auto, fidelity, fp8, groups, half, int8, weights
 from compiler.quantize.observe import Observed, chosen, load, observe
 from compiler.quantize.qdq import Quantised
 from compiler.recipe import QUANTIZED, EngineSection, QuantizeSection
@@ -61,7 +62,8 @@ def quantize(
     seen_as: Mapping[str, str] = {}
     least_db = -math.inf
     if engine.precision in QUANTIZED:
-        quantised = _round(network, engine, section, observed)
+        trials = auto.Trials(data, open_model, threads=threads, out_dir=out_dir)
+        quantised = _round(network, engine, section, observed, model, statistics, trials)
         notes, seen_as, observed = list(quantised.notes), quantised.seen_as, quantised.observed
         least_db = section.min_sqnr_db
     elif engine.precision is Precision.FP32:
@@ -100,11 +102,33 @@ def quantize(
     )
 
 
-def _round(model: ir.Model, engine: EngineSection, section: QuantizeSection, observed: Observed) -> Quantised:
-    """Round ``model`` in place, as `engine` asks."""
-    LiftConstantsToInitializersPass(lift_all_constants=True)(model)
+def _round(
+    network: ir.Model,
+    engine: EngineSection,
+    section: QuantizeSection,
+    observed: Observed,
+    model: OnnxModel,
+    statistics: Statistics,
+    trials: auto.Trials,
+) -> Quantised:
+    """Round ``network``, which is ``model``, in place, as `engine` asks."""
+    LiftConstantsToInitializersPass(lift_all_constants=True)(network)
     if engine.weights_only or engine.precision is Precision.INT4:
-        return weights.convert(model, engine, section, observed)
+        return weights.convert(network, engine, section, observed)
     if engine.precision is Precision.FP8:
-        return fp8.convert(model, engine, section, observed)
-    return int8.convert(model, engine, section, observed)
+        return fp8.convert(network, engine, section, observed)
+    if section.method != "auto":
+        return int8.convert(network, engine, section, observed)
+
+    def choose(prepared: int8.Prepared) -> tuple[dict[str, np.float32], list[str]]:
+        proposed = auto.proposals(prepared.placed, observed, percentile=section.percentile)
+        if not proposed:
+            return {}, []
+        copy = onnx_files.read(model.path)
+        LiftConstantsToInitializersPass(lift_all_constants=True)(copy)
+        again = int8.prepare(copy.graph, engine, section, observed)
+        macs = sum(group.macs for group in groups.groups(model, statistics))
+        methods, notes = auto.choose(model.path, copy, again.placed, again.scale_of, proposed, trials, macs=macs)
+        return {root: proposed[root][method] for root, method in methods.items()}, notes
+
+    return int8.convert(network, engine, section, observed, choose)

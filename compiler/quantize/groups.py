@@ -72,9 +72,10 @@ def merged(groups: Sequence[Group], count: int) -> tuple[Group, ...]:
 
 
 def _weight(node: ir.Node) -> tuple[int, ...]:
-    value = node.inputs[1]
+    value = placement.stored((node, 1))
     assert value is not None and value.const_value is not None, "a layer has a weight"
-    return value.const_value.numpy().shape
+    shape = tuple(value.const_value.shape.numpy())
+    return shape if placement.reader((node, 1)) == (node, 1) else shape[::-1]
 
 
 def _weight_bytes(node: ir.Node) -> int:

@@ -36,6 +36,9 @@ PRODUCTS = frozenset({"Gemm", "MatMul"})
 _AVERAGES = frozenset({"AveragePool", "GlobalAveragePool", "ReduceMean"})
 _FUSED = frozenset({"Relu", "Clip"})
 
+TABLE_ROWS = 1024
+"""A table of fewer rows is not worth a node."""
+
 Edge: TypeAlias = tuple[ir.Node, int]
 """One input of one node."""
 
@@ -45,7 +48,9 @@ class Placement:
     """What to round. Values and nodes belong to the model that was looked at."""
 
     weights: tuple[Edge, ...]
-    """Constant operands, to be stored as INT8."""
+    """Constant operands, to be stored as INT8; see `reader` for where the constant is read."""
+    lookups: tuple[ir.Node, ...] = ()
+    """Gather nodes whose tables are to be stored as INT8."""
     outputs: tuple[ir.Value, ...]
     """Activations rounded where they are made: every consumer reads the rounded values."""
     edges: tuple[Edge, ...]
@@ -86,7 +91,13 @@ def place(graph: ir.Graph, *, keep: Collection[ir.Node] = (), barred: Collection
     edges = [(node, 0) for node, _ in weights if _operand((node, 0)) not in root]
     edges += [(node, i) for node in graph if node in joins for i in (0, 1) if _operand((node, i)) not in root]
     root.update((_operand(edge), _operand(edge)) for edge in edges)
-    return Placement(weights=tuple(weights), outputs=tuple(outputs), edges=tuple(edges), root=root)
+    return Placement(
+        weights=tuple(weights),
+        lookups=lookups(graph, weights, keep=keep),
+        outputs=tuple(outputs),
+        edges=tuple(edges),
+        root=root,
+    )
 
 
 def at_products(graph: ir.Graph, *, keep: Collection[ir.Node] = (), barred: Collection[str] = ()) -> Placement:
@@ -103,8 +114,50 @@ def layers(graph: ir.Graph, *, keep: Collection[ir.Node] = ()) -> tuple[Edge, ..
     return tuple(
         (node, 1)
         for node in graph
-        if node not in kept and _is(node, CONVOLUTIONS | PRODUCTS) and _has_weight(node, node.inputs[1])
+        if node not in kept and _is(node, CONVOLUTIONS | PRODUCTS) and _has_weight(node, stored((node, 1)))
     )
+
+
+def reader(edge: Edge) -> Edge:
+    """Where the constant of a layer is read: by the layer itself, or by the Transpose of a matrix that it alone reads, as
+    heads do that are tied to a table."""
+    value = edge[0].inputs[edge[1]]
+    transpose = value.producer() if value is not None and edge[0].op_type == "MatMul" else None
+    if value is None or transpose is None or not _is(transpose, {"Transpose"}) or transpose.graph is not edge[0].graph:
+        return edge
+    order = transpose.attributes.get("perm")
+    matrix = transpose.inputs[0]
+    turns = order is None or tuple(order.as_ints()) == (1, 0)
+    tensor = matrix.const_value if matrix is not None and is_matrix(matrix) else None
+    if not turns or tensor is None or len(tensor.shape) != 2 or len(value.uses()) != 1 or value.is_graph_output():
+        return edge
+    return transpose, 0
+
+
+def stored(edge: Edge) -> ir.Value | None:
+    """What stands at `reader`."""
+    node, index = reader(edge)
+    return node.inputs[index]
+
+
+def lookups(graph: ir.Graph, weights: Sequence[Edge], *, keep: Collection[ir.Node] = ()) -> tuple[ir.Node, ...]:
+    """The Gather nodes that pick rows of large constant matrices of which nobody needs the floats: all who read one look
+    up in it, or are among ``weights`` and have one scale for each of its rows, too."""
+    multiplied = {reader(edge): edge for edge in weights}
+    found = []
+    for node in graph:
+        table = node.inputs[0] if _is(node, {"Gather"}) and node not in keep else None
+        tensor = table.const_value if table is not None and is_matrix(table) else None
+        if table is None or tensor is None or len(tensor.shape) != 2 or tensor.shape.numpy()[0] <= TABLE_ROWS:
+            continue
+        by_row = all(
+            (_is(user, {"Gather"}) and index == 0 and user not in keep and _integer(user, "axis") in (0, -2))
+            or ((user, index) in multiplied and weight_axis(multiplied[user, index]) == 0)
+            for user, index in table.uses()
+        )
+        if by_row and not table.is_graph_output():
+            found.append(node)
+    return tuple(found)
 
 
 def none_left(possible: int, label: str, expected: str) -> CalibrationError:
@@ -140,6 +193,8 @@ def is_matrix(value: ir.Value | None) -> bool:
 def weight_axis(edge: Edge) -> int | None:
     """The axis of a weight along which scales differ: its output channels; None where one scale serves all."""
     node, _ = edge
+    if reader(edge) != edge:
+        return 0
     weight = _operand(edge)
     rank = len(weight.shape or ())
     return channel_axis(node, rank) if node.op_type != "MatMul" or rank == 2 else None
@@ -156,7 +211,9 @@ def channel_axis(node: ir.Node, rank: int) -> int:
 
 def input_rows(node: ir.Node) -> Array | None:
     """The constant matrix of a product, one row for each channel of its activation's last axis; None if it has none."""
-    weight = constant(node.inputs[1]) if node.op_type in PRODUCTS else None
+    weight = constant(stored((node, 1))) if node.op_type in PRODUCTS else None
+    if weight is not None and reader((node, 1)) != (node, 1):
+        return weight.T
     if weight is None or weight.ndim != 2 or _integer(node, "transA"):
         return None
     return weight.T if node.op_type == "Gemm" and _integer(node, "transB") else weight
@@ -168,7 +225,9 @@ def check_weights(placement: Placement) -> None:
         CalibrationError: a weight that would be rounded holds NaN or Inf.
     """
     for edge in placement.weights:
-        check_finite(_operand(edge), edge[0])
+        check_finite(_operand(reader(edge)), edge[0])
+    for node in placement.lookups:
+        check_finite(_operand((node, 0)), node)
 
 
 def check_finite(weight: ir.Value, node: ir.Node) -> None:

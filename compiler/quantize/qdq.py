@@ -186,25 +186,32 @@ class _Editor:
 
     def round_weights(self, placed: Placement, scale_of: Mapping[str, np.float32], rest: str) -> list[str]:
         notes = []
-        stored: dict[tuple[ir.Value, int | None, bytes], ir.Value] = {}
-        for node, index in placed.weights:
-            weight, activation = node.inputs[index], node.inputs[0]
+        stored: dict[tuple[ir.Value, int | None], tuple[ir.Value, Array]] = {}
+        edges = [(edge, placement.weight_axis(edge)) for edge in placed.weights]
+        for (node, index), axis in (*edges, *(((node, 0), 0) for node in placed.lookups)):
+            reader, place = placement.reader((node, index))
+            weight, activation = reader.inputs[place], node.inputs[0]
             assert weight is not None and weight.const_value is not None and activation is not None, "placed"
-            axis = placement.weight_axis((node, index))
-            bias = placement.constant(node.inputs[2]) if len(node.inputs) > 2 else None
-            input_scale = float(scale_of[str(activation.name)])
-            steps, scale, zeros = round_weight(
-                weight.const_value.numpy(), axis, steps=self._steps, rest=rest, bias=bias, input_scale=input_scale
-            )
-            if zeros:
-                notes.append(f"weight '{weight.name}': {zeros} of {scale.size} channels are all zero")
-            key = (weight, axis, scale.tobytes())
-            if key not in stored:
-                stored[key] = self._constant(f"{weight.name}_{self._steps.label.lower()}", steps)
+            lookup = index == 0
+            bias = None if lookup or len(node.inputs) < 3 else placement.constant(node.inputs[2])
+            if bias is not None or (weight, axis) not in stored:
+                steps, scale, zeros = round_weight(
+                    weight.const_value.numpy(),
+                    axis,
+                    steps=INT8 if lookup else self._steps,
+                    rest=rest,
+                    bias=bias,
+                    input_scale=1.0 if lookup else float(scale_of[str(activation.name)]),
+                )
+                if zeros:
+                    notes.append(f"weight '{weight.name}': {zeros} of {scale.size} channels are all zero")
+                if (weight, axis) not in stored or stored[weight, axis][1].tobytes() != scale.tobytes():
+                    label = "int8" if lookup else self._steps.label.lower()
+                    stored[weight, axis] = self._constant(f"{weight.name}_{label}", steps), scale
             name = f"{weight.name}_dequantized"
-            rounded, dequantize = self._dequantize(name, stored[key], scale, axis)
-            self._graph.insert_before(node, dequantize)
-            node.replace_input_with(index, rounded)
+            rounded, dequantize = self._dequantize(name, *stored[weight, axis], axis)
+            self._graph.insert_before(reader, dequantize)
+            reader.replace_input_with(place, rounded)
         for weight in {key[0] for key in stored}:
             if not weight.uses() and not weight.is_graph_output():
                 del self._graph.initializers[str(weight.name)]

@@ -98,7 +98,8 @@ def smooth(
     for value, nodes in readers.items():
         found = observed[str(value.name)]
         weights = [rows for node in nodes if (rows := placement.input_rows(node)) is not None]
-        if found.channels is None or len(weights) < len(nodes):
+        shared = any(len(stored.uses()) > 1 for node in nodes if (stored := placement.stored((node, 1))) is not None)
+        if found.channels is None or len(weights) < len(nodes) or shared:  # what is tied stays tied
             continue
         peaks_of = found.channels.peaks
         mean_squares = found.channels.squares * (peaks_of.size / max(found.count, 1))
@@ -213,7 +214,8 @@ def _apply(graph: ir.Graph, value: ir.Value, nodes: Sequence[ir.Node], remedy: R
         graph.insert_before(graph[0], added)
     factors = np.where(np.isinf(remedy.factors), 0, remedy.factors)
     for number, node in enumerate(nodes):
-        weight = node.inputs[1]
+        reader, place = placement.reader((node, 1))
+        weight = reader.inputs[place]
         assert weight is not None and weight.const_value is not None, "only constants are placed as weights"
         matrix = weight.const_value.numpy()
         rows_last = placement.weight_axis((node, 1)) == 0
@@ -223,7 +225,7 @@ def _apply(graph: ir.Graph, value: ir.Value, nodes: Sequence[ir.Node], remedy: R
         scaled = matrix * (factors if rows_last else factors[:, None])
         node.replace_input_with(0, divided)
         made = graphs.register(graph, names.free(f"{weight.name}_{name}_{number}"), scaled.astype(np.float32))
-        node.replace_input_with(1, made)
+        reader.replace_input_with(place, made)
         graphs.forget_unused(graph, weight)
     return name
 

@@ -118,7 +118,7 @@ def _uses(graph: ir.Graph, *, keep: Collection[ir.Node] = ()) -> list[_Use]:
     for node in graph:
         if node.domain != "" or node in keep:
             continue
-        if node in plain:
+        if node in plain and placement.is_constant(node.inputs[1]):
             weight = node.inputs[1]
             assert weight is not None and weight.const_value is not None, "a layer has a weight"
             found.append(_use(node, (node, 1), len(weight.const_value.shape), turned=False))

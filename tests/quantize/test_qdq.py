@@ -32,6 +32,7 @@ METHODS = ("minmax", "percentile", "entropy", "mse")
 @pytest.fixture
 def unsmoothed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smooth, "LEAST_GAIN_DB", np.inf)
+    monkeypatch.setattr(smooth, "LEAST_GAIN_OF_SPLIT_DB", np.inf)
 
 
 # --- what it computes -----------------------------------------------------------------------------------------------
@@ -711,8 +712,56 @@ def test_smoothing_changes_nothing_but_the_rounding(tmp_path: Path, kind: str) -
 def test_even_channels_are_left_alone() -> None:
     random = np.random.default_rng(0)
     weight = f32(random.normal(size=(64, 64)))
-    _, gain_db = smooth.choose_factors(np.full(64, 4.0), np.ones(64), weight)
-    assert gain_db < 1
+    assert smooth.choose(np.full(64, 4.0), np.ones(64), weight) is None
+    assert smooth.choose(np.zeros(64), np.zeros(64), weight) is None
+
+
+def split_off(kind: str = "MatMul", bias: bool = True) -> tuple[onnx.ModelProto, list[dict[str, Array]]]:
+    """Three channels that are 300 times the others and mean as much: no factor helps, since their weights are large, too."""
+    net = Net(8)
+    gain = np.ones(128, np.float32)
+    gain[[5, 70, 99]] = 300
+    net.op("Mul", ["x", net.weight("gain", gain)], "wide")
+    weight = net.random.normal(size=(128, 16)).astype(np.float32)
+    net.weight("w", weight if kind == "MatMul" else np.ascontiguousarray(weight.T))
+    row = net.normal("row", 16)
+    if kind == "Gemm":
+        net.op("Gemm", ["wide", "w", row], "y", transB=1, alpha=0.5)
+    elif bias:
+        net.op("Add", [net.op("MatMul", ["wide", "w"], "product"), row], "y")
+    else:
+        net.op("MatMul", ["wide", "w"], "y")
+    return net.model({"x": ["batch", 128]}, {"y": ["batch", 16]}), networks.normal_samples(32, 128)
+
+
+@pytest.mark.parametrize(("kind", "bias"), [("MatMul", True), ("MatMul", False), ("Gemm", True)])
+def test_a_few_outlying_channels_are_multiplied_in_high_precision(tmp_path: Path, kind: str, bias: bool) -> None:
+    proto, samples = split_off(kind, bias)
+    bench = Bench(tmp_path, proto, samples)
+    network = onnx_files.read(bench.model.path)
+    found = smooth.smooth(network.graph, placement.place(network.graph), load(bench.statistics.path))
+    assert found.split == 1
+    assert len(found.apart) == 1
+    onnx_files.write(network, tmp_path / "split.onnx")
+    exact = outputs(bench.model, samples[0])
+    # Nothing is changed but what is rounded.
+    assert open_model(tmp_path / "split.onnx").run(samples[0])["y"] == pytest.approx(exact, rel=1e-4, abs=1e-3)
+    # The noise that is left is that of the other channels; the signal is that of all.
+    model = bench.quantize()
+    assert any("with channels in high precision" in note for note in model.notes)
+    assert sqnr(exact, outputs(model, samples[0])) > 60
+    assert sqnr(exact, outputs(bench.quantize(split="off", min_sqnr_db=NONE), samples[0])) < 50
+    weights = constants(model)
+    assert [weight.shape for weight in weights.values() if weight.shape[:1] == (8,) and weight.ndim == 2] == [(8, 16)]
+
+
+def test_few_channels_are_not_split() -> None:
+    """8 of 64 would be an eighth of the work in high precision."""
+    weight = np.random.default_rng(0).normal(size=(64, 16))
+    peaks = np.ones(64)
+    peaks[3] = 300
+    remedy = smooth.choose(peaks, peaks**2 / 10, weight)
+    assert remedy is None or not remedy.split.size
 
 
 def test_the_expected_error_is_the_measured_one() -> None:
@@ -729,7 +778,9 @@ def test_the_expected_error_is_the_measured_one() -> None:
 
 def test_a_dead_channel_has_a_factor_that_is_a_number() -> None:
     peaks = f32([0, 1, 100])
-    factors, _ = smooth.choose_factors(peaks, peaks**2 / 10, f32([[0, 0], [1, 1], [0.01, 0.02]]))
+    remedy = smooth.choose(peaks, peaks**2 / 10, f32([[0, 0], [1, 1], [0.01, 0.02]]))
+    assert remedy is not None
+    factors = remedy.factors
     assert np.isfinite(factors).all()
     assert (factors > 0).all()
 

@@ -1,0 +1,205 @@
+"""``method = "auto"``: for each activation the range with the least measured error of the model's outputs.
+
+What a method loses depends on what reads the tensor: clipping a tail that a logit is made of costs 10 dB, clipping one that a
+pool averages away costs nothing; no error of the tensor itself tells. So the outputs are measured: one model, in which every
+scale is an input, is run on a few calibration samples with the ranges that minmax, percentile, entropy and mse propose.
+
+First each method serves all tensors. From the best of these, tensor by tensor, those on which the methods disagree most first,
+the other proposals are tried, and kept where the error falls: coordinate descent, as in Nagel et al. 2021, A White Paper on
+Neural Network Quantization, section 3.5 (arXiv:2106.08295), but on the loss itself. How many are tried is bounded by a number of
+multiplications, not by time, so that the same data give the same ranges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from compiler import onnx_files
+from compiler.data import Samples
+from compiler.quantize import switches, thresholds
+from compiler.quantize.observe import Observed, chosen
+from compiler.quantize.placement import Placement
+from compiler.spec import Array, CalibrationSet, Feeds, OpenModel, Runner
+
+METHODS = ("minmax", "mse", "entropy", "percentile")
+
+SAMPLES = 16
+FEWEST_SAMPLES = 4
+
+MOST_MACS = 4e11
+"""Multiplications that all trials together may take; each method is tried at least once, whatever it takes."""
+
+_LEAST_FALL = 0.005
+"""A proposal must lower the error by this share."""
+
+_SAME = 0.02
+"""Scales that differ by less are one proposal."""
+
+
+class Trials:
+    """Where ranges are tried: samples, and what opens models."""
+
+    def __init__(self, data: CalibrationSet, open_model: OpenModel, *, threads: int, out_dir: Path) -> None:
+        self._stored, self._open_model = Samples(data.path), open_model
+        self._threads, self._out_dir = threads, out_dir
+
+    def samples(self, count: int) -> list[int]:
+        return chosen(len(self._stored), count)
+
+    def error_of(self, original: Path, network: ir.Model, indices: Sequence[int]) -> Trial:
+        return Trial(self._stored, self._open_model, self._threads, self._out_dir, original, network, indices)
+
+
+class Trial:
+    """A model whose scales are inputs, beside the original; a context manager."""
+
+    def __init__(
+        self,
+        stored: Samples,
+        open_model: OpenModel,
+        threads: int,
+        out_dir: Path,
+        original: Path,
+        network: ir.Model,
+        indices: Sequence[int],
+    ) -> None:
+        path = out_dir / "trial.onnx"
+        self._files = (path, *onnx_files.write(network, path)[1])
+        self._feeds = [stored.feeds(index) for index in indices]
+        with closing(open_model(original, threads=threads)) as runner:
+            self._exact = [_floats(runner.run(feeds)) for feeds in self._feeds]
+        self._runner: Runner = open_model(path, threads=threads)
+        self.runs = 0
+
+    def __enter__(self) -> Trial:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._runner.close()
+        for file in self._files:
+            file.unlink()
+
+    def error(self, scales: Mapping[str, np.float32]) -> float:
+        """Power of the difference in shares of the output's own, summed over float outputs; by name of the scale's input."""
+        self.runs += 1
+        given = {name: np.asarray(scale, np.float32) for name, scale in scales.items()}
+        noise: dict[str, float] = {}
+        signal: dict[str, float] = {}
+        for feeds, exact in zip(self._feeds, self._exact, strict=True):
+            found = self._runner.run({**feeds, **given})
+            for name, values in exact.items():
+                finite = np.isfinite(values)
+                difference = found[name][finite].astype(np.float64) - values[finite]
+                noise[name] = noise.get(name, 0.0) + float(np.sum(difference**2))
+                signal[name] = signal.get(name, 0.0) + float(np.sum(values[finite].astype(np.float64) ** 2))
+        total = sum(noise[name] / signal[name] for name in signal if signal[name] > 0)
+        return total if np.isfinite(total) else np.inf
+
+
+def _floats(outputs: Feeds) -> dict[str, Array]:
+    return {name: values for name, values in outputs.items() if values.dtype.kind == "f"}
+
+
+def proposals(placed: Placement, observed: Observed, *, percentile: float) -> dict[str, dict[str, np.float32]]:
+    """By activation (its root) and method the scale, of those activations on which methods disagree.
+
+    Raises:
+        CalibrationError: one of them was not observed.
+    """
+    found: dict[str, dict[str, np.float32]] = {}
+    for root in dict.fromkeys(str(placed.root[value].name) for value in placed.activations):
+        statistics = observed.get(root)
+        if statistics is None or statistics.bins is None:
+            continue
+        by_method = {method: thresholds.scale(statistics, method=method, percentile=percentile) for method in METHODS}
+        if max(by_method.values()) > (1 + _SAME) * min(by_method.values()):
+            found[root] = by_method
+    return found
+
+
+def choose(
+    original: Path,
+    network: ir.Model,
+    placed: Placement,
+    scale_of: Mapping[str, np.float32],
+    proposed: Mapping[str, Mapping[str, np.float32]],
+    trials: Trials,
+    *,
+    macs: float,
+) -> tuple[dict[str, str], list[str]]:
+    """By activation (its root) the method whose range serves best, of those in ``proposed``; and notes.
+
+    Args:
+        original: the model that the outputs are compared with.
+        network: a copy of the model that is to be rounded; it is changed.
+        placed: of ``network``.
+        scale_of: the scale of every activation, by name; those in ``proposed`` are replaced.
+        proposed: as of `proposals`.
+        trials: where they are tried.
+        macs: multiplications for one sample.
+    """
+    scale_of_root = {str(placed.root[value].name): scale_of[str(value.name)] for value in placed.activations}
+    inputs = switches.write_with_scales(network.graph, placed)
+    fixed = {inputs[root]: scale for root, scale in scale_of_root.items()}
+    wanted = sum(len(_others(by_method, None)) for by_method in proposed.values())
+    affordable = MOST_MACS / max(macs, 1.0)
+    samples = int(np.clip(affordable / max(wanted, 1), FEWEST_SAMPLES, SAMPLES))
+    indices = trials.samples(samples)
+    most = max(int(affordable / max(len(indices), 1)), len(METHODS))
+    with trials.error_of(original, network, indices) as trial:
+
+        def error(methods: Mapping[str, str]) -> float:
+            return trial.error({**fixed, **{inputs[root]: proposed[root][method] for root, method in methods.items()}})
+
+        uniform = {method: error(dict.fromkeys(proposed, method)) for method in METHODS}
+        best = min(uniform, key=lambda method: uniform[method])
+        methods, least = dict.fromkeys(proposed, best), uniform[best]
+        tried = 0
+        for root in _most_disputed_first(proposed):
+            if trial.runs >= most:
+                break
+            tried += 1
+            for method in _others(proposed[root], methods[root]):
+                found = error({**methods, root: method})
+                if found < least * (1 - _LEAST_FALL):
+                    methods[root], least = method, found
+    notes = [
+        f"ranges by measured error on {len(indices)} calibration samples: "
+        + ", ".join(f"{count} {method}" for method, count in _counts(methods.values()))
+        + f"; all {best}: {_db(uniform[best])}, as chosen: {_db(least)}"
+    ]
+    if tried < len(proposed):
+        notes.append(
+            f"{len(proposed) - tried} of {len(proposed)} activations took the method that serves all best: trying each "
+            "would have cost too much"
+        )
+    return methods, notes
+
+
+def _others(by_method: Mapping[str, np.float32], than: str | None) -> list[str]:
+    """The methods whose scales differ from that of ``than`` and from one another."""
+    seen = [] if than is None else [by_method[than]]
+    others = []
+    for method, scale in by_method.items():
+        if all(abs(scale / known - 1) > _SAME for known in seen):
+            seen.append(scale)
+            others.append(method)
+    return others
+
+
+def _most_disputed_first(proposed: Mapping[str, Mapping[str, np.float32]]) -> Iterator[str]:
+    yield from sorted(proposed, key=lambda root: -max(proposed[root].values()) / min(proposed[root].values()))
+
+
+def _counts(methods: Iterable[str]) -> list[tuple[str, int]]:
+    listed = list(methods)
+    return [(method, listed.count(method)) for method in METHODS if method in listed]
+
+
+def _db(share: float) -> str:
+    return f"{-10 * np.log10(share):.1f} dB" if share > 0 else "exact"
