@@ -13,6 +13,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from compiler import onnx_files
 from compiler.errors import CalibrationError
 from compiler.quantize import fidelity, fp8, half, int8, weights
+from compiler.quantize.gram import Source
 from compiler.quantize.observe import Observed, chosen, load, observe
 from compiler.quantize.qdq import Quantised
 from compiler.recipe import QUANTIZED, EngineSection, QuantizeSection
@@ -43,7 +44,7 @@ def quantize(
     progress: Progress = no_progress,
 ) -> OnnxModel:
     """``model`` in the precision of ``engine``; a quantised one is compared with the original before it is handed on,
-    unless not ``checked``: a search measures better than that. FP32 is the model as it is.
+    unless not ``checked``: a search measures better than that, and rounds weights to nearest. FP32 is the model as it is.
 
     Raises:
         CalibrationError: the statistics are another model's; there is nothing to round; a weight is not finite; or the
@@ -61,7 +62,17 @@ def quantize(
     seen_as: Mapping[str, str] = {}
     least_db = -math.inf
     if engine.precision in QUANTIZED:
-        quantised = _round(network, engine, section, observed)
+        source = Source(
+            model=model,
+            data=data,
+            samples=statistics.samples,
+            open_model=open_model,
+            threads=threads,
+            out_dir=out_dir,
+        )
+        # A search makes too many models to gather for each.
+        quantised = _round(network, engine, section, observed, source if checked else None)
+        source.forget()
         notes, seen_as, observed = list(quantised.notes), quantised.seen_as, quantised.observed
         least_db = section.min_sqnr_db
     elif engine.precision is Precision.FP32:
@@ -100,11 +111,13 @@ def quantize(
     )
 
 
-def _round(model: ir.Model, engine: EngineSection, section: QuantizeSection, observed: Observed) -> Quantised:
+def _round(
+    model: ir.Model, engine: EngineSection, section: QuantizeSection, observed: Observed, source: Source | None
+) -> Quantised:
     """Round ``model`` in place, as `engine` asks."""
     LiftConstantsToInitializersPass(lift_all_constants=True)(model)
     if engine.weights_only or engine.precision is Precision.INT4:
-        return weights.convert(model, engine, section, observed)
+        return weights.convert(model, engine, section, observed, source)
     if engine.precision is Precision.FP8:
         return fp8.convert(model, engine, section, observed)
     return int8.convert(model, engine, section, observed)

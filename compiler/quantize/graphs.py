@@ -67,6 +67,12 @@ def forget_unused(graph: ir.Graph, value: ir.Value) -> bool:
     return True
 
 
+def release(value: ir.Value) -> None:
+    """Unmap a constant's external data until it is read again, so that it does not stay in memory."""
+    if isinstance(value.const_value, ir.ExternalTensor):
+        value.const_value.release()
+
+
 def like(value: ir.Value, name: str, dtype: ir.DataType) -> ir.Value:
     return ir.Value(name=name, type=ir.TensorType(dtype), shape=None if value.shape is None else value.shape.copy())
 
