@@ -2,16 +2,16 @@
 
 Source: Frantar et al. 2023, GPTQ (arXiv:2210.17323), algorithm 1. With ``H = U^-1 U^-T`` for upper triangular ``U`` (the
 Cholesky factor of the inverse, section 3.3), rounding input i by an error e_i costs e_i^2 / U_ii^2, and is best made up
-for by e_i U_ij / U_ii at every later input j. Inputs are taken `LAZY` at a time, after which all later ones are
-corrected by one matrix product.
+for by e_i U_ij / U_ii at every later input j. Of `LAZY` inputs at a
+time only the next of them are corrected at once, all later ones by one matrix product.
 
-Why not in the order of falling activations (``act_order``): with scales by block it needs scales that are chosen before
-anything is compensated, which costs more than the order gains; see `rounding` for what was measured.
+Inputs are taken in the order of falling activations (``act_order`` of the authors' code, github.com/IST-DASLab/gptq), so
+that the errors of those that matter most can still be made up for. That needs scales of blocks before anything is
+compensated: they are those of rounding to nearest. Measured on 7 layers of all-MiniLM-L6-v2 in INT4, on samples held out:
+3.6 dB less error than with nearest, against 3.4 dB in the order of the inputs with scales chosen on the way.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import numpy as np
 from scipy.linalg import lapack
@@ -20,48 +20,48 @@ from compiler.quantize.formats import Steps
 from compiler.spec import Array
 
 LAZY = 32
-"""Inputs between two corrections of the rest; at least a block."""
+"""Inputs between two corrections of the rest."""
 
 
-def round_layer(
-    weight: Array, gram: Array, steps: Steps, scale: Array | None, block: int, scale_of: Callable[[Array], Array]
-) -> tuple[Array, Array]:
-    """Round ``weight`` for a small ``tr((W - Q)^T G (W - Q))``; returns steps and scales, both float32.
+def round_layer(weight: Array, gram: Array, steps: Steps, scale: Array) -> Array:
+    """Round ``weight`` for a small ``tr((W - Q)^T G (W - Q))``.
 
     Args:
         weight: float32 [N, K], one row for each output channel.
         gram: float32 [K, K], positive definite: see `compiler.quantize.gram.damped`.
         steps: what a value divided by its scale becomes.
-        scale: [N, K / block]; None: each is chosen from the corrected weights, as ``scale_of`` does.
-        block: how many inputs share a scale; K of one scale per output channel.
-        scale_of: from rows [M, block] to their scales [M].
+        scale: [N, K / block], or [N, 1] for one per output channel.
 
     Returns:
-        steps [N, K], and scales [N, K / block].
+        Steps, float32 [N, K].
 
     Raises:
         numpy.linalg.LinAlgError: ``gram`` is not positive definite.
+
+    >>> from compiler.quantize.formats import INT8
+    >>> weight, gram = np.array([[0.4, 0.4]], np.float32), np.array([[1.0, 0.9], [0.9, 1.0]], np.float32)
+    >>> round_layer(weight, gram, INT8, np.array([[1.0]], np.float32)).tolist()  # 0.8 in all is nearer to 1 than to 0
+    [[0.0, 1.0]]
     """
-    factor = inverse_factor(gram)
-    left = np.array(weight.T, np.float32, order="C")  # [K, N]: an input's weights side by side
-    inputs, outputs = left.shape
+    inputs = weight.shape[1]
+    order = np.argsort(-np.diagonal(gram), kind="stable")
+    factor = inverse_factor(gram[np.ix_(order, order)])
+    left = np.ascontiguousarray(weight.T[order], np.float32)  # [K, N]: an input's weights side by side
+    spread = np.repeat(scale, inputs // scale.shape[1], axis=1).T[order].astype(np.float32)
     rounded = np.empty_like(left)
-    scales = np.empty((-(-inputs // block), outputs), np.float32) if scale is None else scale.T.astype(np.float32)
-    lazy = LAZY if block >= inputs else max(LAZY, block)
-    for start in range(0, inputs, lazy):
-        end = min(start + lazy, inputs)
+    for start in range(0, inputs, LAZY):
+        end = min(start + LAZY, inputs)
         part, own = left[start:end], factor[start:end, start:end]
         errors = np.empty_like(part)
         for row in range(end - start):
             place = start + row
-            if scale is None and place % block == 0:
-                scales[place // block] = scale_of(np.ascontiguousarray(part[row : row + block].T))
-            of_row = scales[place // block]
-            rounded[place] = nearest(part[row] / of_row, steps)
-            errors[row] = (part[row] - rounded[place] * of_row) / own[row, row]
+            rounded[place] = nearest(part[row] / spread[place], steps)
+            errors[row] = (part[row] - rounded[place] * spread[place]) / own[row, row]
             part[row + 1 :] -= own[row, row + 1 :, None] * errors[row]
         left[end:] -= factor[start:end, end:].T @ errors
-    return np.ascontiguousarray(rounded.T), np.ascontiguousarray(scales.T)
+    found = np.empty_like(rounded)
+    found[order] = rounded
+    return np.ascontiguousarray(found.T)
 
 
 def nearest(levels: Array, steps: Steps) -> Array:

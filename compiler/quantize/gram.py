@@ -6,7 +6,7 @@ by it. A convolution multiplies patches of what it reads, so its X has a row for
 
 One sample is run at a time, in the order of the set, and a float32 matrix of each is added to float32 sums: the result
 does not depend on how a caller would batch samples. Of the samples, every `HELD_OUT`-th goes to a matrix of its own, so
-that a choice can be judged on samples that it was not made on.
+that a choice can be judged on samples that it was not made on. What a mask hides, padding above all, is left out.
 
 Memory: at most `GRAM_BYTES` of matrices at a time, and one sample's activations. What does not fit is gathered in
 further passes over the samples, in the order of the graph.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +30,9 @@ from compiler.quantize import placement
 from compiler.quantize.observe import chosen
 from compiler.spec import Array, CalibrationSet, Feeds, OnnxModel, OpenModel, Progress, no_progress
 
-SAMPLES = 64
+SAMPLES = 128
 """At most this many samples, evenly spaced. A layer of K inputs wants some multiple of K rows, and a sample of a sequence
-or an image gives hundreds."""
+or an image gives tens to hundreds."""
 
 HELD_OUT = 4
 """Every so many-th sample is held out."""
@@ -46,8 +46,11 @@ GRAM_BYTES = 1 << 30
 LARGEST_PATCH = 4608
 """Of a convolution, K = channels / group * kernel elements, beyond which it has none: 3 x 3 over 512 channels."""
 
-DAMPING = 0.01
-"""Of the mean diagonal, added to the diagonal: Frantar et al. 2023, GPTQ (arXiv:2210.17323), section 3.3, step 3."""
+DAMPING = 0.03
+"""Of the mean diagonal, added to the diagonal. Frantar et al. 2023, GPTQ (arXiv:2210.17323), section 3.3, step 3, add 0.01
+to the matrices of 262144 rows; a calibration set here gives some thousand, to which less fits the weights too closely.
+Measured on all-MiniLM-L6-v2 in INT4 (128 samples), the embedding of other samples against FP32: 16.6 dB for 0.03, 16.3 dB
+for 0.1, 15.6 dB for 0.3, and 11.5 dB with nearest."""
 
 _INSIDE_BYTES = 1 << 28
 
@@ -92,6 +95,8 @@ class Gram:
     """float32 [groups, K, K]."""
     magnitude: Array
     """float32 [groups, K]: mean of abs(X) over the samples that fit."""
+    share: float = 0.0
+    """Of rows that are held out, among all."""
 
     @property
     def finite(self) -> bool:
@@ -99,6 +104,14 @@ class Gram:
         with np.errstate(invalid="ignore"):
             sums = float(self.fit.sum(dtype=np.float64)), float(self.held.sum(dtype=np.float64))
         return bool(np.isfinite(sums).all() and self.fit.any() and self.held.any())
+
+    @property
+    def all(self) -> Array:
+        """Over all samples: float32 [groups, K, K]."""
+        if not self.share:
+            return self.fit
+        found: Array = self.fit * np.float32(1 - self.share) + self.held * np.float32(self.share)
+        return found
 
     def divided(self, factors: Array) -> Gram:
         """That of ``X / factors``; ``factors`` [K] are positive.
@@ -108,7 +121,7 @@ class Gram:
         [[[8.0, 4.0], [4.0, 2.0]]]
         """
         pairs = (factors[:, None] * factors).astype(np.float32)
-        return Gram(fit=self.fit / pairs, held=self.held / pairs, magnitude=self.magnitude / factors)
+        return replace(self, fit=self.fit / pairs, held=self.held / pairs, magnitude=self.magnitude / factors)
 
 
 def error(weight: Array, rounded: Array, gram: Array) -> float:
@@ -135,6 +148,7 @@ def mean(grams: Sequence[Gram]) -> Gram:
         fit=np.sum([gram.fit for gram in grams], axis=0) * share,
         held=np.sum([gram.held for gram in grams], axis=0) * share,
         magnitude=np.sum([gram.magnitude for gram in grams], axis=0) * share,
+        share=float(np.mean([gram.share for gram in grams])),
     )
 
 
@@ -143,7 +157,7 @@ def damped(gram: Array) -> Array:
     definite, and not led astray by what few samples happen to have in common.
 
     >>> damped(np.array([[2.0, 0.0], [0.0, 0.0]])).round(2).tolist()
-    [[2.01, 0.0], [0.0, 1.01]]
+    [[2.03, 0.0], [0.0, 1.03]]
     """
     found = gram.copy()
     diagonal = found.reshape(-1)[:: len(found) + 1]
@@ -258,7 +272,7 @@ class Source:
                     seen = {**feeds, **runner.run(feeds)}
                     held = done % HELD_OUT == 0
                     for reads in wanted:
-                        sums[reads][held].add(seen[reads.tensor])
+                        sums[reads][held].add(_without_padding(seen[reads.tensor], feeds, reads))
                     self.progress(done, len(indices))
         finally:
             for file in files:
@@ -281,6 +295,21 @@ class Source:
         path = self.out_dir / "gram.onnx"
         _, external = onnx_files.write(network, path, external_above=_INSIDE_BYTES)
         return path, (path, *external)
+
+
+def _without_padding(tensor: Array, feeds: Feeds, reads: Reads) -> Array:
+    """The rows of a product's input that no mask hides, [.., K] or [rows, K].
+
+    A mask is an input named so, of zeros and ones, of the shape of the rows: what it hides is of no account to the model,
+    and in a set of padded samples it is most of the rows.
+    """
+    if reads.window is not None:
+        return tensor
+    for name, mask in feeds.items():
+        if name.lower().endswith("mask") and mask.shape == tensor.shape[:-1] and np.isin(mask, (0, 1)).all():
+            kept: Array = tensor[mask != 0]
+            return kept
+    return tensor
 
 
 class _Sums:
@@ -311,6 +340,7 @@ def _means(fit: _Sums, held: _Sums) -> Gram:
         fit=fit.squares,
         held=held.squares if held.rows else fit.squares,
         magnitude=(fit.magnitudes / max(fit.rows, 1)).astype(np.float32),
+        share=held.rows / max(fit.rows + held.rows, 1),
     )
 
 

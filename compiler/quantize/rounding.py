@@ -1,14 +1,14 @@
 """Which way of rounding a layer's weights errs least, on samples that it was not fitted to.
 
 Every candidate is fitted to the Gram matrix of three samples in four and judged by that of the others
-(`compiler.quantize.gram`): mean square error of the layer's outputs. ``auto`` takes the least, and nearest where nothing
-gains `LEAST_GAIN_DB`.
+(`compiler.quantize.gram`): mean square error of the layer's outputs. ``auto`` takes what gains, and nearest where nothing
+gains `LEAST_GAIN_DB`. What was chosen is then fitted to all samples.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -30,8 +30,8 @@ TRIED: Mapping[str, tuple[str, ...]] = {
     "nearest": (),
     "adaround": (ADAROUND,),
     "gptq": (GPTQ,),
-    "auto": (GPTQ, BOTH),
-    "awq": (GPTQ, BOTH),
+    "auto": (BOTH,),
+    "awq": (BOTH,),
 }
 """By `QuantizeSection.rounding`: candidates beside nearest; of one alone nearest is no rival."""
 
@@ -81,47 +81,43 @@ def round_layer(
     gram: Gram | None,
     *,
     rounding: Rounding,
-    scale_of: Callable[[Array], Array] | None = None,
     error_before: float | None = None,
 ) -> Outcome:
     """Round one weight as ``rounding`` says.
 
     Args:
         weight: float32, of any layout.
-        nearest: its steps and scales, rounded to nearest: shapes and types to keep.
+        nearest: its steps and scales, rounded to nearest: the scales stay, and shapes and types.
         layout: of all three.
         steps: their format.
         gram: of what it multiplies; None: nothing is known, and nearest it stays.
         rounding: as of the recipe.
-        scale_of: chooses the scales of blocks from rows [M, block] anew; None: the scales stay.
         error_before: what ``gain_db`` compares with; default: the error of ``nearest``.
     """
     if rounding == "nearest" or gram is None:
         return Outcome(steps=nearest[0], scale=nearest[1], how=NEAREST, gain_db=None)
-    rows, by_nearest = layout.rows(weight), (_floats(layout.rows(nearest[0])), layout.rows(nearest[1]))
-    found = {NEAREST: by_nearest}
-    fits = [damped(matrix) for matrix in gram.fit]
+    rows, scale = layout.rows(weight), layout.rows(nearest[1])
+    found = {NEAREST: _floats(layout.rows(nearest[0]))}
     for how in TRIED[rounding]:
         if how == GPTQ or steps.dtype.is_integer():
-            found[how] = _by_group(how, rows, found, fits, steps, layout, scale_of)
-    errors = {how: _held(rows, made, gram) for how, made in found.items()}
+            found[how] = _fitted(how, rows, scale, steps, gram.fit)
+    errors = {how: _held(rows, made, scale, gram) for how, made in found.items()}
     before = errors[NEAREST] if error_before is None else error_before
     best = min(errors, key=errors.__getitem__)
     if rounding in ("adaround", "gptq"):
         best = next(reversed(found))
     elif _gain_db(errors[NEAREST], errors[best]) < LEAST_GAIN_DB:
         best = NEAREST
-    made, gain_db = found[best], _gain_db(before, errors[best])
-    if best == NEAREST:
-        return Outcome(steps=nearest[0], scale=nearest[1], how=NEAREST, gain_db=gain_db)
-    return Outcome(
-        steps=layout.stored(made[0], nearest[0]), scale=layout.stored(made[1], nearest[1]), how=best, gain_db=gain_db
-    )
+    made, gain_db = nearest[0], _gain_db(before, errors[best])
+    if best != NEAREST:
+        refitted = _fitted(best, rows, scale, steps, gram.all) if gram.share else found[best]
+        made = layout.stored(refitted, nearest[0])
+    return Outcome(steps=made, scale=nearest[1], how=best, gain_db=gain_db)
 
 
 def held_error(weight: Array, nearest: tuple[Array, Array], layout: Layout, gram: Gram) -> float:
     """Mean square error of the layer's outputs on samples held out; arguments as of `round_layer`."""
-    return _held(layout.rows(weight), (_floats(layout.rows(nearest[0])), layout.rows(nearest[1])), gram)
+    return _held(layout.rows(weight), _floats(layout.rows(nearest[0])), layout.rows(nearest[1]), gram)
 
 
 def summary(outcomes: Sequence[Outcome]) -> list[str]:
@@ -144,42 +140,22 @@ def summary(outcomes: Sequence[Outcome]) -> list[str]:
     return [text]
 
 
-_Made: TypeAlias = tuple[Array, Array]
-"""Steps [N, K] and scales [N, K / block], float32."""
-
-
-def _by_group(
-    how: str,
-    rows: Array,
-    found: Mapping[str, _Made],
-    fits: Sequence[Array],
-    steps: Steps,
-    layout: Layout,
-    scale_of: Callable[[Array], Array] | None,
-) -> _Made:
-    """A convolution's groups are layers of their own."""
-    made = []
-    for group, fit in enumerate(fits):
-        part = slice(group * len(rows) // len(fits), (group + 1) * len(rows) // len(fits))
-        weight, scale = rows[part], found[NEAREST][1][part]
-        if how == GPTQ:
-            chosen = None if scale_of is not None and layout.block is not None else scale
-            block = layout.block or weight.shape[1]
-            made.append(gptq.round_layer(weight, fit, steps, chosen, block, scale_of or _no_scale))
-        elif how == BOTH:
-            start, scale = found[GPTQ][0][part], found[GPTQ][1][part]
-            made.append((adaround.round_layer(weight, fit, steps, scale, start=start), scale))
+def _fitted(how: str, rows: Array, scale: Array, steps: Steps, grams: Array) -> Array:
+    """Steps [N, K] of ``rows`` [N, K] for ``grams`` [groups, K, K]; a convolution's groups are layers of their own."""
+    made, size = [], len(rows) // len(grams)
+    for group, matrix in enumerate(grams):
+        part, fit = slice(group * size, (group + 1) * size), damped(matrix)
+        weight, by = rows[part], scale[part]
+        start = gptq.round_layer(weight, fit, steps, by) if how != ADAROUND else None
+        if how == GPTQ and start is not None:
+            made.append(start)
         else:
-            made.append((adaround.round_layer(weight, fit, steps, scale), scale))
-    return np.concatenate([part[0] for part in made]), np.concatenate([part[1] for part in made])
+            made.append(adaround.round_layer(weight, fit, steps, by, start=start))
+    return np.concatenate(made)
 
 
-def _no_scale(rows: Array) -> Array:
-    raise AssertionError(f"the scales of {len(rows)} rows are given")
-
-
-def _held(rows: Array, made: _Made, gram: Gram) -> float:
-    values = made[0] * np.repeat(made[1], rows.shape[1] // made[1].shape[1], axis=1)
+def _held(rows: Array, made: Array, scale: Array, gram: Gram) -> float:
+    values = made * np.repeat(scale, rows.shape[1] // scale.shape[1], axis=1)
     size = len(rows) // len(gram.held)
     parts = [slice(group * size, (group + 1) * size) for group in range(len(gram.held))]
     return sum(error(rows[part], values[part], held) for part, held in zip(parts, gram.held, strict=True))

@@ -376,7 +376,6 @@ def _round_one(store: _Store, found: Gram | None, rest: str, method: Rounding) -
         store.form.steps,
         found,
         rounding=method,
-        scale_of=(lambda rows: _least_error(rows, rest)) if store.form.block is not None else None,
         error_before=before,
     )
 
