@@ -3,6 +3,14 @@
 Every candidate is fitted to the Gram matrix of three samples in four and judged by that of the others
 (`compiler.quantize.gram`): mean square error of the layer's outputs. ``auto`` takes what gains, and nearest where nothing
 gains `LEAST_GAIN_DB`. What was chosen is then fitted to all samples.
+
+Measured on all-MiniLM-L6-v2 in INT4, blocks of 32, 36 layers, 128 samples: cosine of the embeddings of 64 other samples to
+FP32's 0.9645 with nearest and 0.9891 with ``auto``, for 6 s and 43 s of one core. AWQ before it gained 0.0002 in a first
+version of both, for a Mul on 16 of 24 activations: ``auto`` does not scale.
+
+For weights of INT8 whose activations are rounded too: take what `gram.reads_of` says of each layer to `gram.Source.stream`,
+and what that yields to `round_layer` with the scales at hand; where activations were divided by factors, `Gram.divided`
+has their matrix.
 """
 
 from __future__ import annotations

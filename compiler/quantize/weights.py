@@ -15,9 +15,8 @@ small model. The DequantizeLinear stands before the Gather: TensorRT refuses any
 fuses the two, so that only the rows looked up are scaled. A head tied to its table, Gemm or Transpose and MatMul, reads
 the same INT8 table.
 
-INT4 is rounded by what its layers read, see `rounding`; with INT8 and FP8, whose errors are 25 dB and 12 dB smaller,
-only where the recipe names a method: nothing has to be gathered for nearest. Tables are rounded to nearest. Measured on
-all-MiniLM-L6-v2 in INT4: see `rounding`.
+INT4 is rounded by what its layers read, see `rounding`; INT8 and FP8, whose errors are 25 dB and 12 dB smaller, only where
+the recipe names a method: for nearest nothing has to be gathered. Tables are rounded to nearest.
 
 There is no zero point, and one DequantizeLinear for all readers of a weight that can share it.
 """
@@ -135,7 +134,9 @@ def convert(
         heads = sum(use.weight in tables and forms[use].steps is INT8 for use in layers)
         tied = f" (layers that share one: {heads})" if heads else ""
         notes.append(f"embedding tables in INT8, one scale per row: {len(tables)}{tied}")
-    learning = _Learning(method=_method(section.rounding, steps), source=source)
+    method, why = _method(section.rounding, steps)
+    learning = _Learning(method=method if source is not None else "nearest", source=source)
+    notes += why
     stores, known = _stores(forms, learned=learning.method != "nearest"), dict(observed)
     if learning.method == "awq" and source is not None:
         notes += _scale_inputs(graph, stores, engine.rest, source, known)
@@ -143,11 +144,19 @@ def convert(
     return Quantised(notes=(*notes, *raised), seen_as={}, observed=known)
 
 
-def _method(asked: Rounding, steps: Steps) -> Rounding:
-    """What to do about a format: of those of eight bits, ``auto`` and AWQ want nothing gathered."""
-    if asked in ("auto", "awq") and steps is not INT4:
-        return "nearest"
-    return "nearest" if asked == "adaround" and steps is FP8 else asked
+def _method(asked: Rounding, steps: Steps) -> tuple[Rounding, list[str]]:
+    """What to do about a format, and a note where that is not what was named: for eight bits ``auto`` gathers nothing.
+
+    >>> _method("auto", INT8), _method("awq", INT8)
+    (('nearest', []), ('nearest', ['AWQ is for INT4 alone: INT8 weights are rounded to nearest']))
+    """
+    if asked == "auto" and steps is not INT4:
+        return "nearest", []
+    if asked == "awq" and steps is not INT4:
+        return "nearest", [f"AWQ is for INT4 alone: {steps.label} weights are rounded to nearest"]
+    if asked == "adaround" and not steps.dtype.is_integer():
+        return "nearest", [f"AdaRound is for integers alone: {steps.label} weights are rounded to nearest"]
+    return asked, []
 
 
 def _uses(graph: ir.Graph, *, keep: Collection[ir.Node] = ()) -> list[_Use]:

@@ -596,8 +596,21 @@ def test_fp8_weights_take_gptq_and_otherwise_stay_nearest(tmp_path: Path, method
     nearest, model = (bench.quantize(rounding=m, **engine) for m in ("nearest", method))
     if method == "adaround":
         assert model.sha256 == nearest.sha256
+        assert "AdaRound is for integers alone: FP8 weights are rounded to nearest" in model.notes
     else:
         assert fresh_db(bench, model, fresh) > fresh_db(bench, nearest, fresh) + 1
+
+
+@pytest.mark.parametrize("method", ["auto", "awq"])
+def test_weights_in_external_data_become_the_same(tmp_path: Path, method: str) -> None:
+    bench, _ = block_bench(tmp_path, width=32)
+    inside = bench.quantize(rounding=method, **INT4_ENGINE)
+    _, files = onnx_files.write(onnx_files.read(bench.model.path), tmp_path / "large.onnx", external_above=0)
+    assert files
+    large = onnx_files.describe(tmp_path / "large.onnx", precision=Precision.FP32, axes=bench.model.axes)
+    bench.statistics = replace(bench.statistics, model_sha256=large.sha256)
+    bench.model = replace(large, probe=bench.model.probe)
+    assert bench.quantize(rounding=method, **INT4_ENGINE).sha256 == inside.sha256
 
 
 # --- one layer ------------------------------------------------------------------------------------------------------
