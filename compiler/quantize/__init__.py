@@ -14,6 +14,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from compiler import onnx_files
 from compiler.errors import CalibrationError
 from compiler.quantize import auto, fidelity, fp8, groups, half, int8, weights
+from compiler.quantize.gram import Source
 from compiler.quantize.observe import Observed, chosen, load, observe
 from compiler.quantize.qdq import Quantised
 from compiler.recipe import QUANTIZED, EngineSection, QuantizeSection
@@ -44,7 +45,7 @@ def quantize(
     progress: Progress = no_progress,
 ) -> OnnxModel:
     """``model`` in the precision of ``engine``; a quantised one is compared with the original before it is handed on,
-    unless not ``checked``: a search measures better than that. FP32 is the model as it is.
+    unless not ``checked``: a search measures better than that, and rounds weights to nearest. FP32 is the model as it is.
 
     Raises:
         CalibrationError: the statistics are another model's; there is nothing to round; a weight is not finite; or the
@@ -62,8 +63,18 @@ def quantize(
     seen_as: Mapping[str, str] = {}
     least_db = -math.inf
     if engine.precision in QUANTIZED:
+        source = Source(
+            model=model,
+            data=data,
+            samples=statistics.samples,
+            open_model=open_model,
+            threads=threads,
+            out_dir=out_dir,
+        )
         trials = auto.Trials(data, open_model, threads=threads, out_dir=out_dir)
-        quantised = _round(network, engine, section, observed, model, statistics, trials)
+        # A search makes too many models to gather for each.
+        quantised = _round(network, engine, section, observed, model, statistics, trials, source if checked else None)
+        source.forget()
         notes, seen_as, observed = list(quantised.notes), quantised.seen_as, quantised.observed
         least_db = section.min_sqnr_db
     elif engine.precision is Precision.FP32:
@@ -110,15 +121,14 @@ def _round(
     model: OnnxModel,
     statistics: Statistics,
     trials: auto.Trials,
+    source: Source | None,
 ) -> Quantised:
     """Round ``network``, which is ``model``, in place, as `engine` asks."""
     LiftConstantsToInitializersPass(lift_all_constants=True)(network)
     if engine.weights_only or engine.precision is Precision.INT4:
-        return weights.convert(network, engine, section, observed)
+        return weights.convert(network, engine, section, observed, source)
     if engine.precision is Precision.FP8:
         return fp8.convert(network, engine, section, observed)
-    if section.method != "auto":
-        return int8.convert(network, engine, section, observed)
 
     def choose(prepared: int8.Prepared) -> tuple[dict[str, np.float32], list[str]]:
         proposed = auto.proposals(prepared.placed, observed, percentile=section.percentile)
@@ -131,4 +141,6 @@ def _round(
         methods, notes = auto.choose(model.path, copy, again.placed, again.scale_of, proposed, trials, macs=macs)
         return {root: proposed[root][method] for root, method in methods.items()}, notes
 
-    return int8.convert(network, engine, section, observed, choose)
+    return int8.convert(
+        network, engine, section, observed, choose=choose if section.method == "auto" else None, source=source
+    )

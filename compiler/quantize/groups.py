@@ -82,6 +82,11 @@ def _weight_bytes(node: ir.Node) -> int:
     return 4 * math.prod(_weight(node))
 
 
+def uses_per_sample(node: ir.Node, observed: Observed, samples: int) -> float:
+    """How often every weight of a layer is used for one sample: the rows of a product, the places of a convolution."""
+    return _macs(node, observed, samples) / math.prod(_weight(node))
+
+
 def _macs(node: ir.Node, observed: Observed, samples: int) -> float:
     """Every weight is used once for each row of the input, or each place of a convolution's output."""
     weight = _weight(node)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 
-from compiler.quantize import placement, qdq, smooth
+from compiler.quantize import gram, groups, placement, qdq, rounding, smooth
+from compiler.quantize.formats import INT8
+from compiler.quantize.gram import Reads, Source
 from compiler.quantize.observe import Observed, TensorStatistics
-from compiler.quantize.placement import Placement
+from compiler.quantize.placement import Edge, Placement
 from compiler.quantize.qdq import Quantised
 from compiler.recipe import EngineSection, QuantizeSection
+from compiler.spec import Array
+
+MOST_MACS = 1e11
+"""Multiplications that gathering Gram matrices may take for ``rounding = "auto"``: 8 bits seldom need them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +32,8 @@ class Prepared:
     notes: tuple[str, ...]
     observed: Observed
     """The statistics, with those of activations that were made."""
+    factors: Mapping[str, Array]
+    """By name of an activation that was made: what each channel of the original was divided by."""
 
 
 ChooseMethods: TypeAlias = Callable[["Prepared"], tuple[dict[str, np.float32], list[str]]]
@@ -37,14 +45,21 @@ def convert(
     engine: EngineSection,
     section: QuantizeSection,
     observed: Observed,
+    *,
     choose: ChooseMethods | None = None,
+    source: Source | None = None,
 ) -> Quantised:
     """Round ``model`` in place.
+
+    Args:
+        choose: what finds better scales for ``prepare``'s.
+        source: of Gram matrices of ``model`` as it is now, for a learned rounding of weights; None: to nearest.
 
     Raises:
         CalibrationError: nothing is left to round, a weight is not finite, or the opset is too old.
         RecipeError: a pattern of ``keep`` matches nothing.
     """
+    reads = _reads(model.graph)
     prepared = prepare(model.graph, engine, section, observed)
     scale_of, notes = dict(prepared.scale_of), list(prepared.notes)
     if choose is not None:
@@ -52,7 +67,11 @@ def convert(
         notes += more
         roots = {str(value.name): str(prepared.placed.root[value].name) for value in prepared.placed.activations}
         scale_of |= {name: chosen[root] for name, root in roots.items() if root in chosen}
-    rounded = qdq.insert(model, prepared.placed, scale_of, rest=engine.rest)
+    learner = None
+    if source is not None and section.rounding != "nearest":
+        learner = _learner(prepared, section.rounding, reads, observed, source)
+    rounded = qdq.insert(model, prepared.placed, scale_of, rest=engine.rest, improve=learner)
+    notes += rounding.summary(learner.outcomes) if learner is not None else []
     known = {**prepared.observed, **{name: prepared.observed[source] for name, source in rounded.source.items()}}
     return Quantised(notes=(*notes, *rounded.notes), seen_as=rounded.seen_as, observed=known)
 
@@ -95,4 +114,61 @@ def prepare(graph: ir.Graph, engine: EngineSection, section: QuantizeSection, ob
     notes += rest
     scale_of = qdq.scales(placed, observed, method=section.method, percentile=section.percentile, peaks=smoothed.peaks)
     known = {**observed, **{name: TensorStatistics(low=-peak, high=peak) for name, peak in smoothed.peaks.items()}}
-    return Prepared(placed=placed, scale_of=scale_of, notes=tuple(notes), observed=known)
+    return Prepared(placed=placed, scale_of=scale_of, notes=tuple(notes), observed=known, factors=smoothed.factors)
+
+
+def _reads(graph: ir.Graph) -> dict[ir.Node, Reads]:
+    """What the weights of each layer are multiplied by, where its Gram matrix can be had."""
+    found = {}
+    for node, index in placement.layers(graph):
+        if placement.reader((node, index)) != (node, index):
+            continue
+        rows = placement.input_rows(node)
+        reads = gram.reads_of(node, 0 if rows is None else len(rows), axes=2 if rows is not None else 0)
+        if reads is not None:
+            found[node] = reads
+    return found
+
+
+def _learner(
+    prepared: Prepared, how: rounding.Rounding, reads: Mapping[ir.Node, Reads], observed: Observed, source: Source
+) -> Learner | None:
+    """What rounds the weights of ``prepared`` by their Gram matrices; None where ``auto`` finds these too dear."""
+    nodes = [node for node, _ in prepared.placed.weights if node in reads]
+    if how == "auto":
+        rows = {reads[node]: groups.uses_per_sample(node, observed, source.samples) for node in nodes}
+        macs = sum(min(count, gram.ROWS) * one.width**2 * one.groups * source.samples for one, count in rows.items())
+        if macs > MOST_MACS:
+            return None
+    return Learner(prepared, how, nodes, reads, source)
+
+
+class Learner:
+    """Rounds weights, asked for in the order of a placement, by the Gram matrices of what they are multiplied by."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        how: rounding.Rounding,
+        nodes: Sequence[ir.Node],
+        reads: Mapping[ir.Node, Reads],
+        source: Source,
+    ) -> None:
+        self.outcomes: list[rounding.Outcome] = []
+        self._how, self._reads, self._factors = how, reads, prepared.factors
+        self._grams = zip(nodes, source.stream([[reads[node]] for node in nodes]), strict=True)
+
+    def __call__(self, edge: Edge, weight: Array, nearest: tuple[Array, Array], axis: int | None) -> Array:
+        node, found = edge[0], None
+        if node in self._reads:
+            found = next(grams for other, grams in self._grams if other is node).get(self._reads[node])
+        activation = node.inputs[0]
+        factors = self._factors.get(str(activation.name)) if activation is not None else None
+        if found is not None and factors is not None:
+            found = found.divided(factors)
+        layout = rounding.Layout(channels=axis or 0, groups=self._reads[node].groups if node in self._reads else 1)
+        outcome = rounding.round_layer(
+            weight, nearest, layout, INT8, found if axis is not None else None, rounding=self._how
+        )
+        self.outcomes.append(outcome)
+        return outcome.steps

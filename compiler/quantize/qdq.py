@@ -8,8 +8,9 @@ products share one, ONNX Runtime leaves both in float and takes ten times as lon
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -102,8 +103,18 @@ def not_observed(name: str) -> CalibrationError:
     )
 
 
+Improve: TypeAlias = Callable[[Edge, Array, tuple[Array, Array], int | None], Array]
+"""``(edge of a weight, the weight, (its steps, their scales), axis of the scales) -> better steps`` of the same scales."""
+
+
 def insert(
-    model: ir.Model, placed: Placement, scale_of: Mapping[str, np.float32], *, steps: Steps = INT8, rest: str = "fp32"
+    model: ir.Model,
+    placed: Placement,
+    scale_of: Mapping[str, np.float32],
+    *,
+    steps: Steps = INT8,
+    rest: str = "fp32",
+    improve: Improve | None = None,
 ) -> Rounded:
     """Round what ``placed`` says, in place. Inputs and outputs of the model keep their names and types.
 
@@ -112,6 +123,7 @@ def insert(
         scale_of: for every activation of ``placed``, by name.
         steps: INT8 or FP8.
         rest: the precision that what is not rounded will get, which the scales of weights are to fit.
+        improve: what rounds weights better than to nearest.
 
     Raises:
         CalibrationError: a weight holds NaN or Inf, or the opset does not know ``steps``.
@@ -124,7 +136,7 @@ def insert(
         )
     placement.check_weights(placed)
     editor = _Editor(model.graph, steps)
-    notes = editor.round_weights(placed, scale_of, rest)
+    notes = editor.round_weights(placed, scale_of, rest, improve)
     # Who computes in integers is asked of the graph as it was: rounding an activation hides what it is fused to.
     integer = _integer_edges(model.graph, placed)
     for value in placed.outputs:
@@ -184,7 +196,9 @@ class _Editor:
         self._steps = steps
         self._free = FreeNames(graph).free
 
-    def round_weights(self, placed: Placement, scale_of: Mapping[str, np.float32], rest: str) -> list[str]:
+    def round_weights(
+        self, placed: Placement, scale_of: Mapping[str, np.float32], rest: str, improve: Improve | None
+    ) -> list[str]:
         notes = []
         stored: dict[tuple[ir.Value, int | None], tuple[ir.Value, Array]] = {}
         edges = [(edge, placement.weight_axis(edge)) for edge in placed.weights]
@@ -205,6 +219,8 @@ class _Editor:
                 )
                 if zeros:
                     notes.append(f"weight '{weight.name}': {zeros} of {scale.size} channels are all zero")
+                if improve is not None and not lookup:
+                    steps = improve((node, index), weight.const_value.numpy(), (steps, scale), axis)
                 if (weight, axis) not in stored or stored[weight, axis][1].tobytes() != scale.tobytes():
                     label = "int8" if lookup else self._steps.label.lower()
                     stored[weight, axis] = self._constant(f"{weight.name}_{label}", steps), scale

@@ -75,9 +75,11 @@ class Smoothed:
     """How many of them have channels that are multiplied in high precision."""
     apart: tuple[ir.Node, ...]
     """The products of those channels, which nobody is to round."""
+    factors: Mapping[str, Array]
+    """By name of what was made, as of `Remedy`."""
 
 
-NOTHING = Smoothed(peaks={}, gains_db=(), split=0, apart=())
+NOTHING = Smoothed(peaks={}, gains_db=(), split=0, apart=(), factors={})
 
 
 def smooth(
@@ -93,7 +95,7 @@ def smooth(
         if value is not None and node.op_type in placement.PRODUCTS:
             readers.setdefault(value, []).append(node)
     peaks: dict[str, float] = {}
-    gains, split = [], 0
+    gains, split, factors = [], 0, dict[str, Array]()
     apart: list[ir.Node] = []
     for value, nodes in readers.items():
         found = observed[str(value.name)]
@@ -108,10 +110,12 @@ def smooth(
         )
         if remedy is None:
             continue
-        peaks[_apply(graph, value, nodes, remedy, apart)] = float((peaks_of / remedy.factors).max())
+        name = _apply(graph, value, nodes, remedy, apart)
+        peaks[name] = float((peaks_of / remedy.factors).max())
+        factors[name] = remedy.factors
         gains.append(remedy.gain_db)
         split += remedy.split.size > 0
-    return Smoothed(peaks=peaks, gains_db=tuple(gains), split=split, apart=tuple(apart))
+    return Smoothed(peaks=peaks, gains_db=tuple(gains), split=split, apart=tuple(apart), factors=factors)
 
 
 def choose(

@@ -15,23 +15,28 @@ small model. The DequantizeLinear stands before the Gather: TensorRT refuses any
 fuses the two, so that only the rows looked up are scaled. A head tied to its table, Gemm or Transpose and MatMul, reads
 the same INT8 table.
 
+INT4 is rounded by what its layers read, see `rounding`; INT8 and FP8, whose errors are 25 dB and 12 dB smaller, only where
+the recipe names a method: for nearest nothing has to be gathered. Tables are rounded to nearest.
+
 There is no zero point, and one DequantizeLinear for all readers of a weight that can share it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from compiler.onnx_files import FreeNames
-from compiler.quantize import graphs, opset, placement, qdq
+from compiler.quantize import awq, gram, graphs, opset, placement, qdq, rounding
 from compiler.quantize.formats import FP8, INT4, INT8, Steps, in_rest
-from compiler.quantize.observe import Observed
+from compiler.quantize.gram import Gram, Reads, Source
+from compiler.quantize.observe import Observed, TensorStatistics
 from compiler.quantize.placement import Edge
 from compiler.quantize.qdq import Quantised
+from compiler.quantize.rounding import Layout, Outcome, Rounding
 from compiler.recipe import EngineSection, QuantizeSection
 from compiler.spec import Array, Precision
 
@@ -76,8 +81,29 @@ class _Form:
     block: int | None = None
 
 
-def convert(model: ir.Model, engine: EngineSection, section: QuantizeSection, observed: Observed) -> Quantised:
+@dataclass(frozen=True, kw_only=True)
+class _Learning:
+    """How weights are rounded by what their layers read."""
+
+    method: Rounding
+    source: Source | None
+
+
+def convert(
+    model: ir.Model,
+    engine: EngineSection,
+    section: QuantizeSection,
+    observed: Observed,
+    source: Source | None = None,
+) -> Quantised:
     """Round weights of ``model`` in place.
+
+    Args:
+        model: as ``source`` has it; only what `convert` itself adds may have other names.
+        engine: what is asked.
+        section: how.
+        observed: the statistics of its tensors.
+        source: of Gram matrices; None: whatever ``section.rounding`` says, to nearest.
 
     Raises:
         CalibrationError: nothing is left to round, a weight is not finite, or the opset is too old.
@@ -98,6 +124,7 @@ def convert(model: ir.Model, engine: EngineSection, section: QuantizeSection, ob
         raise placement.none_left(len(possible), steps.label, kinds)
     for use in forms:
         placement.check_finite(use.weight, use.layer)
+        graphs.release(use.weight)
     raised = opset.require(model, steps.since, steps.label)
     per = f"block {engine.block}" if steps is INT4 else "one scale per output channel"
     count = f"{len(layers)} of {len(possible)} layers with constant weights"
@@ -107,8 +134,29 @@ def convert(model: ir.Model, engine: EngineSection, section: QuantizeSection, ob
         heads = sum(use.weight in tables and forms[use].steps is INT8 for use in layers)
         tied = f" (layers that share one: {heads})" if heads else ""
         notes.append(f"embedding tables in INT8, one scale per row: {len(tables)}{tied}")
-    notes += _round(graph, forms, engine.rest)
-    return Quantised(notes=(*notes, *raised), seen_as={}, observed=observed)
+    method, why = _method(section.rounding, steps)
+    learning = _Learning(method=method if source is not None else "nearest", source=source)
+    notes += why
+    stores, known = _stores(forms, learned=learning.method != "nearest"), dict(observed)
+    if learning.method == "awq" and source is not None:
+        notes += _scale_inputs(graph, stores, engine.rest, source, known)
+    notes += _round(graph, stores, engine.rest, learning)
+    return Quantised(notes=(*notes, *raised), seen_as={}, observed=known)
+
+
+def _method(asked: Rounding, steps: Steps) -> tuple[Rounding, list[str]]:
+    """What to do about a format, and a note where that is not what was named: for eight bits ``auto`` gathers nothing.
+
+    >>> _method("auto", INT8), _method("awq", INT8)
+    (('nearest', []), ('nearest', ['AWQ is for INT4 alone: INT8 weights are rounded to nearest']))
+    """
+    if asked == "auto" and steps is not INT4:
+        return "nearest", []
+    if asked == "awq" and steps is not INT4:
+        return "nearest", [f"AWQ is for INT4 alone: {steps.label} weights are rounded to nearest"]
+    if asked == "adaround" and not steps.dtype.is_integer():
+        return "nearest", [f"AdaRound is for integers alone: {steps.label} weights are rounded to nearest"]
+    return asked, []
 
 
 def _uses(graph: ir.Graph, *, keep: Collection[ir.Node] = ()) -> list[_Use]:
@@ -228,36 +276,177 @@ def _named(uses: Sequence[_Use]) -> str:
 # --- rounding -------------------------------------------------------------------------------------------------------
 
 
-def _round(graph: ir.Graph, forms: Mapping[_Use, _Form], rest: str) -> list[str]:
+@dataclass(kw_only=True)
+class _Store:
+    """A weight in one of its forms, and who reads it so."""
+
+    weight: ir.Value
+    form: _Form
+    uses: list[_Use]
+    reads: tuple[Reads, ...] = ()
+    """What they multiply it by; none where that is not known of all of them. Names are those of the original model."""
+    factors: Array | None = None
+    """What its inputs are multiplied by before it is rounded, [K]."""
+
+    @property
+    def layout(self) -> Layout:
+        groups = self.reads[0].groups if self.reads else 1
+        return Layout(channels=self.uses[0].channels, block=self.form.block, groups=groups)
+
+    def values(self) -> Array:
+        assert self.weight.const_value is not None, "a weight is a constant"
+        return self.weight.const_value.numpy()
+
+    def nearest(self, array: Array, rest: str) -> tuple[Array, Array]:
+        """Steps and scales of ``array``."""
+        if self.form.block is None:
+            return qdq.round_weight(array, self.form.axis, steps=self.form.steps, rest=rest)[:2]
+        return round_blocks(array, self.form.axis, self.form.block, rest)
+
+
+def _round(graph: ir.Graph, stores: Sequence[_Store], rest: str, learning: _Learning) -> list[str]:
     """Store each weight in each of its forms once, and let its readers read it dequantised."""
     names, notes = FreeNames(graph), []
     order = {node: place for place, node in enumerate(graph)}
-    wanted: dict[tuple[ir.Value, _Form], list[Edge]] = {}
-    for use, form in forms.items():
-        wanted.setdefault((use.weight, form), []).append(use.reader)
-    for (weight, form), readers in wanted.items():
-        assert weight.const_value is not None, "a weight is a constant"
-        array = weight.const_value.numpy()
-        if form.block is None:
-            stored, scale, zeros = qdq.round_weight(array, form.axis, steps=form.steps, rest=rest)
-            if zeros:
-                notes.append(f"weight '{weight.name}': {zeros} of {scale.size} channels are all zero")
-        else:
-            stored, scale = round_blocks(array, form.axis, form.block, rest)
+    outcomes = []
+    for store, found in zip(stores, _grams(stores, learning), strict=True):
+        weight, form = store.weight, store.form
+        outcome = _round_one(store, found, rest, learning.method)
+        if learning.method != "nearest" and not any(_is_lookup(use) for use in store.uses):
+            outcomes.append(outcome)
+        if form.block is None and (zeros := _zeros(store.values(), form.axis)):
+            notes.append(f"weight '{weight.name}': {zeros} of {outcome.scale.size} channels are all zero")
         name, label = str(weight.name), form.steps.label.lower()
         output = graphs.like(weight, names.free(f"{name}_dequantized"), ir.DataType.FLOAT)
         inputs = [
-            graphs.register(graph, names.free(f"{name}_{label}"), stored),
-            graphs.register(graph, names.free(f"{output.name}_scale"), scale),
+            graphs.register(graph, names.free(f"{name}_{label}"), outcome.steps),
+            graphs.register(graph, names.free(f"{output.name}_scale"), outcome.scale),
         ]
         attributes = {"axis": form.axis} | ({} if form.block is None else {"block_size": form.block})
         dequantize = ir.node("DequantizeLinear", inputs, attributes, outputs=[output], name=output.name)
+        readers = [use.reader for use in store.uses]
         graph.insert_before(min((node for node, _ in readers), key=order.__getitem__), dequantize)
         for node, index in dict.fromkeys(readers):
             node.replace_input_with(index, output)
-    for weight in dict.fromkeys(weight for weight, _ in wanted):
+        graphs.release(weight)
+    for weight in dict.fromkeys(store.weight for store in stores):
         graphs.forget_unused(graph, weight)
-    return notes
+    return [*notes, *rounding.summary(outcomes)]
+
+
+def _stores(forms: Mapping[_Use, _Form], *, learned: bool) -> list[_Store]:
+    wanted: dict[tuple[ir.Value, _Form], _Store] = {}
+    for use, form in forms.items():
+        key = (use.weight, form)
+        wanted.setdefault(key, _Store(weight=use.weight, form=form, uses=[])).uses.append(use)
+    for store in wanted.values() if learned else ():
+        found = [_reads(use) for use in store.uses]
+        known = [reads for reads in found if reads is not None]
+        # One weight in convolutions of other groups, or products along other axes, is several problems in one.
+        alike = {(reads.width, reads.groups) for reads in known}, {use.channels for use in store.uses}
+        if len(known) == len(found) and len(alike[0]) == len(alike[1]) == 1:
+            store.reads = tuple(known)
+    return list(wanted.values())
+
+
+def _reads(use: _Use) -> Reads | None:
+    """What ``use`` multiplies its weight by; None of a table's rows, and of what has no Gram matrix."""
+    if _is_lookup(use):
+        return None
+    tensor = use.weight.const_value
+    assert tensor is not None, "a weight is a constant"
+    shape = tuple(tensor.shape.numpy())
+    return gram.reads_of(use.layer, shape[use.summed] if use.summed is not None else 0, axes=len(shape))
+
+
+def _grams(stores: Sequence[_Store], learning: _Learning) -> Iterable[Gram | None]:
+    if learning.source is None or not any(store.reads for store in stores):
+        return (None for _ in stores)
+    found = learning.source.stream([store.reads for store in stores])
+    return (
+        gram.mean([grams[reads] for reads in store.reads])
+        if store.reads and all(reads in grams for reads in store.reads)
+        else None
+        for store, grams in zip(stores, found, strict=True)
+    )
+
+
+def _round_one(store: _Store, found: Gram | None, rest: str, method: Rounding) -> Outcome:
+    array, layout, before = store.values(), store.layout, None
+    if store.factors is not None:
+        if found is not None:
+            before = rounding.held_error(array, store.nearest(array, rest), layout, found)
+            found = found.divided(store.factors)
+        array = array * (store.factors if layout.channels == 0 else store.factors[:, None])
+    return rounding.round_layer(
+        array,
+        store.nearest(array, rest),
+        layout,
+        store.form.steps,
+        found,
+        rounding=method,
+        error_before=before,
+    )
+
+
+def _zeros(array: Array, axis: int) -> int:
+    others = tuple(i for i in range(array.ndim) if i != axis)
+    return int(np.count_nonzero(~array.any(axis=others)))
+
+
+def _scale_inputs(
+    graph: ir.Graph, stores: Sequence[_Store], rest: str, source: Source, known: dict[str, TensorStatistics]
+) -> list[str]:
+    """Divide activations as AWQ says, where that pays, in place, and note the factors of each weight; returns notes.
+
+    Args:
+        known: statistics, to which those of what it changes are added.
+    """
+    readers: dict[Reads, list[_Store]] = {}
+    for store in stores:
+        if len(store.uses) == 1 and len(store.reads) == 1 and store.form.block is not None:
+            readers.setdefault(store.reads[0], []).append(store)
+    names, folded, multiplied = FreeNames(graph), list[float](), list[float]()
+    for (reads, readable), grams in zip(readers.items(), source.stream([[reads] for reads in readers]), strict=True):
+        layers = list(dict.fromkeys(store.uses[0].layer for store in readable))
+        value = layers[0].inputs[0]
+        if reads not in grams or value is None:
+            continue
+        weights = [store.layout.rows(store.values()) for store in readable]
+        blocks = [store.form.block or 1 for store in readable]
+        factors, gain_db = awq.choose_factors(weights, grams[reads], _by_blocks(min(blocks), rest))
+        folds = awq.can_fold(graph, value, layers)
+        if gain_db < (awq.FOLD_GAIN_DB if folds else awq.MUL_GAIN_DB):
+            continue
+        (folded if folds else multiplied).append(gain_db)
+        made = awq.divide(graph, value, layers, factors, names)
+        statistics = known.get(reads.tensor)
+        if statistics is not None:
+            peak = statistics.peak * float((1 / factors).max())
+            if statistics.channels is not None:
+                peak = float((statistics.channels.peaks / factors).max())
+            known[str(made.name)] = TensorStatistics(low=-peak, high=peak, count=statistics.count)
+        for store in readable:
+            store.factors = factors
+    notes = []
+    for gains, how in ((folded, "folded into normalisations"), (multiplied, "one Mul each")):
+        if gains:
+            notes.append(
+                f"inputs scaled by AWQ, {how}: {len(gains)} of {len(readers)}, "
+                f"output errors {min(gains):.1f} to {max(gains):.1f} dB lower"
+            )
+    return notes or [f"inputs scaled by AWQ: 0 of {len(readers)}, none gains enough"]
+
+
+def _by_blocks(block: int, rest: str) -> Callable[[Array], Array]:
+    """What rows [N, K] are after rounding to INT4."""
+
+    def rounded(rows: Array) -> Array:
+        steps, scale = round_blocks(rows, 1, block, rest)
+        values: Array = steps.astype(np.float32) * np.repeat(scale, block, axis=1)
+        return values
+
+    return rounded
 
 
 def round_blocks(weight: Array, axis: int, block: int, rest: str) -> tuple[Array, Array]:

@@ -54,7 +54,7 @@ class Bench:
         out_dir.mkdir()
         return quantize(
             EngineSection(precision=precision, keep=tuple(keep), rest=rest, weights_only=weights_only, block=block),
-            QuantizeSection(**{"method": "minmax", **section}),
+            QuantizeSection(**{"method": "minmax", "rounding": "nearest", **section}),
             self.model,
             self.statistics,
             self.data,
