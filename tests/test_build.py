@@ -56,7 +56,7 @@ def test_an_unchanged_rerun_only_checks_and_a_changed_gate_only_judges(workshop:
     assert "from the store" not in again.stderr
     stricter = workshop.run("points.toml", "--set", "gates.0.max_drop=0.09")
     assert stricter.returncode == 0
-    assert stricter.stderr.count("from the store") == len(workshop.report()["steps"]) == 11
+    assert stricter.stderr.count("from the store") == len(workshop.report()["steps"]) == 12
 
 
 def test_only_what_depends_on_a_changed_key_is_run_again(workshop: Workshop) -> None:
@@ -68,7 +68,7 @@ def test_only_what_depends_on_a_changed_key_is_run_again(workshop: Workshop) -> 
         assert shown.returncode == 0, shown.stderr
         return {line.split()[0] for line in shown.stdout.splitlines() if " miss " in line}
 
-    int8 = {"quantize:int8", "build:int8", "accuracy:int8", "latency"}
+    int8 = {"quantize:int8", "explain:int8", "build:int8", "accuracy:int8", "latency"}
     everything = {"data", "export", "reference", "optimize", "observe", "build:fp32", "accuracy:fp32"} | int8
     assert missed() == set()
     assert missed("gates.0.max_drop=0.5", "gates.0.confidence=0.9") == set()
@@ -284,7 +284,7 @@ def test_two_builds_at_once_run_each_step_once(workshop: Workshop, tmp_path: Pat
     builds = [_start(workshop, "points.toml", "--output", f"out{n}", store=store) for n in (1, 2)]
     said = [build.communicate(timeout=240)[1] for build in builds]
     assert [build.returncode for build in builds] == [0, 0], said
-    assert sum(text.count("from the store") for text in said) == 11
+    assert sum(text.count("from the store") for text in said) == 12
     shutil.rmtree(store)
 
 

@@ -195,12 +195,14 @@ def _searched(flow: Flow, sources: Sources) -> list[Advice]:
         if reader in alone:
             alone[reader] = max(alone[reader], part)
     keep: set[str] = set()
-    for name in sorted(alone, key=lambda name: (-alone[name], name)):
+    part = 0.0
+    # More than half of the layers in high precision is no longer the engine that was asked for.
+    for name in sorted(alone, key=lambda name: (-alone[name], name))[: len(sources.layers) // 2]:
         keep.add(name)
         part = removed(keep, flow, sources)
         if part >= ENOUGH:
             break
-    if len(keep) < 3 or len(keep) == len(sources.layers):
+    if len(keep) < 3:
         return []
     change = (
         f"let [search] choose what stays in high precision: {len(keep)} of {len(sources.layers)} layers share "
@@ -218,7 +220,9 @@ def _smoothed(section: QuantizeSection, flow: Flow, sources: Sources, observed: 
     for site in {site for site, _ in flow.roundings}:
         found, rounding = observed.get(site), sources.beside.roundings[site]
         readers = sources.products(site)
+        # The expected error is that of the products, to which the rounding of the weight belongs.
         share = sum(share for (read, _), share in flow.roundings.items() if read == site)
+        share += sum(flow.weights.get(reader, 0.0) for read, reader in flow.roundings if read == site)
         if found is None or found.channels is None or rounding.seen_as is None or not readers:
             continue
         if outlying(found.channels.peaks) < OUTLYING:
@@ -254,8 +258,9 @@ def _ranged(
         if now > 0:
             fallen["minmax"] += share * (1 - expected_error(found.bins, found.peak, found.peak) / now)
             fallen["mse"] += share * (1 - min(best / now, 1.0))
+    fallen.pop(section.method, None)
     method = max(fallen, key=lambda name: fallen[name])
-    if method == section.method or fallen[method] <= 0:
+    if fallen[method] <= 0:
         return []
     why = "clips nothing" if method == "minmax" else "gives up tails for finer steps"
     return [

@@ -2,7 +2,8 @@
 
 The error that one layer adds cannot be seen in the quantised model, where it comes on top of all before it. Here each
 node that reads something rounded is there twice more: once with its weights rounded, once with its activations, too.
-Both are taken from the quantised graph as it is, back to where a tensor has a name that the FP32 model knows; nothing
+Once more, as the FP32 model has it, it reads what the quantised model makes: that is the noise which it only passes on.
+The first two are taken from the quantised graph as it is, back to where a tensor has a name that the FP32 model knows; nothing
 else is asked of how it was made, so that scales moved by SmoothQuant, or by whatever comes next, need no bookkeeping.
 
 Where a pass before the rounding has rescaled channels (equalisation: a convolution's output divided by what the next
@@ -12,7 +13,7 @@ values that copies read are multiplied by it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import ml_dtypes
@@ -28,6 +29,8 @@ _RESCALED_DB = 10.0
 """Factors per channel are believed where the FP32 model's values, times them, come closer by this much ..."""
 _ALIKE_DB = 25.0
 """... and are further than this away without. What the rounding of weights alone does to means is systematic, too."""
+_MADE_UP_DB = 10.0
+"""What follows must make up for a factor: the outputs are closer by this much. An error is not made up for."""
 _ROWS = 4
 """With fewer values for each, factors fit whatever there is."""
 
@@ -62,8 +65,8 @@ class Copy:
     """With weights alone rounded; None where there are none."""
     reads: tuple[str, ...]
     """Sites of the roundings between the FP32 model's tensors and this one."""
-    rounds_itself: bool
-    """Whether the tensor is rounded as it is made, which only an output of the model is."""
+    passed: str | None
+    """With nothing rounded, from the quantised model's values; None where it reads none of them."""
 
 
 @dataclass(kw_only=True)
@@ -76,6 +79,8 @@ class Beside:
     """By site."""
     root: dict[str, str] = field(default_factory=dict)
     """By site, the site whose rounded values it only moves."""
+    theirs: dict[str, str] = field(default_factory=dict)
+    """By float tensor of the quantised model, the input of the network made here that takes its values."""
     reference: dict[str, str] = field(default_factory=dict)
     """By float tensor that both models have: what to compare the quantised one's with, in the network made here."""
 
@@ -114,6 +119,56 @@ def unrounded(network: ir.Model) -> ir.Model:
     return network
 
 
+def moved(original: ir.Graph, quantised: ir.Graph, candidates: Mapping[str, Array]) -> dict[str, Array]:
+    """Those of ``candidates``, factors by tensor, that a pass has put there: the maker of the tensor has constants that
+    differ by factors along an axis, or reads a tensor of which that is so. What is merely wrong looks otherwise.
+    """
+    makers = {str(value.name): node for node in quantised for value in node.outputs}
+    found: dict[str, Array] = {}
+    for node in original:
+        for value in node.outputs:
+            name = str(value.name)
+            if name not in candidates or name not in makers:
+                continue
+            pairs = zip(node.inputs, makers[name].inputs, strict=False)
+            passed = any(read is not None and str(read.name) in found for read in node.inputs)
+            if passed or any(_by_factors(placement.constant(ours), _dequantised(theirs)) for ours, theirs in pairs):
+                found[name] = candidates[name]
+    return found
+
+
+def _by_factors(ours: Array | None, theirs: Array | None) -> bool:
+    """Whether two constants differ by a factor for each place of one axis, and by little else."""
+    if ours is None or theirs is None or ours.shape != theirs.shape or ours.dtype.kind != "f":
+        return False
+    x, y = ours.astype(np.float64), theirs.astype(np.float64)
+    before = float(((x - y) ** 2).sum())
+    for axis in range(x.ndim):
+        others = tuple(i for i in range(x.ndim) if i != axis)
+        xx, xy = (x * x).sum(axis=others, keepdims=True), (x * y).sum(axis=others, keepdims=True)
+        after = float(((x * xy / np.where(xx > 0, xx, 1) - y) ** 2).sum())
+        if after * 10 ** (_RESCALED_DB / 10) < before and after < 0.01 * float((y * y).sum()):
+            return True
+    return False
+
+
+def _dequantised(value: ir.Value | None) -> Array | None:
+    """The values of a constant, or of one that is stored in few bits."""
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type != "DequantizeLinear":
+        return placement.constant(value)
+    steps, scale = placement.constant(node.inputs[0]), placement.constant(node.inputs[1])
+    if steps is None or scale is None:
+        return None
+    axis, block = (node.attributes[name].as_int() if name in node.attributes else 0 for name in ("axis", "block_size"))
+    if scale.ndim == 1 and steps.ndim > 1:
+        scale = scale.reshape([-1 if place == axis else 1 for place in range(steps.ndim)])
+    elif block:
+        scale = np.repeat(scale, block, axis=axis)
+    values: Array = steps.astype(np.float64) * scale
+    return values
+
+
 @dataclass(kw_only=True)
 class Factors:
     """By which factor per channel one model's tensors are another's; sums over samples.
@@ -144,10 +199,13 @@ class Factors:
                 self._sums[name] = sums if known is None else [a + b for a, b in zip(known, sums, strict=True)]
                 self._rows[name] = self._rows.get(name, 0) + x.size // x.shape[axis]
 
-    def found(self) -> dict[str, Array]:
-        """Of the tensors that differ by factors, and by little else."""
+    def found(self, outputs: Collection[str] = ()) -> dict[str, Array]:
+        """Of the tensors that differ by factors, and by little else, where ``outputs``, which never do, differ by less."""
         rescaled = {}
+        off = max((self._off(name) for name in outputs if name in self._sums), default=0.0)
         for name, (xx, xy, yy) in self._sums.items():
+            if name in outputs or off * 10 ** (_MADE_UP_DB / 10) > self._off(name):
+                continue
             safe = np.where(xx > 0, xx, 1)
             factor = np.where(xx > 0, xy / safe, 1.0)
             before, after = (xx - 2 * xy + yy).sum(), (yy - xy**2 / safe).sum()
@@ -155,6 +213,11 @@ class Factors:
             if enough and bool((factor > 0).all()) and max(after, 0.0) * 10 ** (_RESCALED_DB / 10) < before:
                 rescaled[name] = factor.astype(np.float32)
         return rescaled
+
+    def _off(self, name: str) -> float:
+        """Noise over signal."""
+        xx, xy, yy = (part.sum() for part in self._sums[name])
+        return float((xx - 2 * xy + yy) / xx) if xx > 0 else 0.0
 
 
 def build(network: ir.Model, quantised: ir.Graph, rescaled: Mapping[str, Array]) -> Beside:
@@ -175,6 +238,7 @@ class _Builder:
         self._free = FreeNames(graph).free
         self._copied: dict[tuple[ir.Value, bool], ir.Value] = {}
         self._scaled: dict[str, ir.Value] = {}
+        self._read_from: dict[str, ir.Value] = {}
         self._beside = Beside()
 
     def build(self) -> Beside:
@@ -184,7 +248,7 @@ class _Builder:
             if name in self._known and graphs.is_float(value) and graphs.is_float(self._known[name]):
                 reference = self._source(name)
                 beside.reference[name] = str(reference.name)
-                shown.append(reference)
+                shown += [reference, self._known[name]]
         for name in tuple(beside.reference):
             value = theirs[name]
             maker, found = value.producer(), self._trace(value)
@@ -193,12 +257,13 @@ class _Builder:
             reads = [self._rounding(node) for node in found.roundings]
             alone = self._copy_of(value, rounded=True)
             weights = self._copy_of(value, rounded=False) if found.weights else None
-            shown += [copy for copy in (alone, weights) if copy is not None]
+            passed = self._pass_on(self._known[name])
+            shown += [copy for copy in (alone, weights, passed) if copy is not None]
             beside.copies[name] = Copy(
                 alone=str(alone.name),
                 weights=None if weights is None else str(weights.name),
                 reads=tuple(dict.fromkeys(reads)),
-                rounds_itself=is_rounding(maker),
+                passed=None if passed is None else str(passed.name),
             )
         ours = made(self._graph)
         for rounding in beside.roundings.values():
@@ -220,6 +285,34 @@ class _Builder:
             self._graph.append(ir.node("Mul", [self._known[name], factor], outputs=[scaled], name=scaled.name))
             self._scaled[name] = scaled
         return self._scaled[name]
+
+    def _pass_on(self, value: ir.Value) -> ir.Value | None:
+        """``value`` as the FP32 model's node makes it of the quantised model's tensors."""
+        node = value.producer()
+        assert node is not None, "made by a node"
+        inputs = [None if read is None else self._theirs(read) for read in node.inputs]
+        if inputs == list(node.inputs):
+            return None
+        return self._duplicate(node, inputs)[value.index() or 0]
+
+    def _theirs(self, value: ir.Value) -> ir.Value:
+        """The quantised model's tensor, on the FP32 model's scale; an input of the model, or a constant, as it is."""
+        name = str(value.name)
+        if name not in self._beside.reference or value.is_graph_input() or value.shape is None:
+            return value
+        if name not in self._read_from:
+            free = self._free(f"{name}_theirs")
+            shape = ir.Shape([f"{free}_{place}" for place in range(len(value.shape))])
+            theirs = ir.Value(name=free, type=ir.TensorType(ir.DataType.FLOAT), shape=shape)
+            self._graph.inputs.append(theirs)
+            self._beside.theirs[name] = free
+            if name in self._rescaled:
+                inverse = graphs.register(self._graph, self._free(f"{free}_inverse"), 1 / self._rescaled[name])
+                scaled = ir.Value(name=self._free(f"{free}_rescaled"), type=ir.TensorType(ir.DataType.FLOAT))
+                self._graph.append(ir.node("Mul", [theirs, inverse], outputs=[scaled], name=scaled.name))
+                theirs = scaled
+            self._read_from[name] = theirs
+        return self._read_from[name]
 
     def _trace(self, value: ir.Value) -> _Trace:
         """What is rounded between the FP32 model's tensors and ``value``."""
@@ -268,7 +361,11 @@ class _Builder:
         return self._copied[key]
 
     def _copy(self, node: ir.Node, *, rounded: bool) -> list[ir.Value]:
-        inputs = [None if value is None else self._read(value, rounded=rounded) for value in node.inputs]
+        return self._duplicate(
+            node, [None if value is None else self._read(value, rounded=rounded) for value in node.inputs]
+        )
+
+    def _duplicate(self, node: ir.Node, inputs: list[ir.Value | None]) -> list[ir.Value]:
         outputs = [
             ir.Value(name=self._free(f"{value.name}_beside"), type=value.type) if value.name else ir.Value(name="")
             for value in node.outputs

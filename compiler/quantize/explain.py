@@ -2,14 +2,15 @@
 
 The quantised model, the FP32 model and, beside it, copies of each quantised layer that read FP32's own values
 (`compiler.quantize.beside`) run on a few samples, one at a time, and only sums of squares are kept. For each tensor they
-give the noise N that it has in the quantised model, and the noise A that is added where it is made: A_w by its weight,
-the rest of A by the rounding of what is read.
+give the noise that it has in the quantised model, the noise A that is added where it is made, A_w of it by its weight and
+the rest by the rounding of what is read, and the noise P that was there in the inputs and is passed on.
 
-The noise in the outputs is then traced back, from the last node to the first: of the noise of a tensor the part A_w / N
-is booked on its weight, the part (A - A_w) / N on the roundings of its inputs, and what is left was there in the inputs
-already, to which it is passed on in proportion to theirs (absolute where they are added, relative elsewhere). That the
-noises of roundings add up, being independent, is the usual model of quantisation noise (Widrow and Kollar 2008,
-Quantization Noise, chapter 4); all but the proportions is measured.
+The noise in the outputs is then traced back, from the last node to the first: of the noise of a tensor the part
+A_w / (A + P) is booked on its weight, the part (A - A_w) / (A + P) on the roundings of its inputs, and the part
+P / (A + P) is handed to the inputs in proportion to their own noise (absolute where they are added, relative elsewhere).
+That the noises of roundings add up, being independent, is the usual model of quantisation noise (Widrow and Kollar 2008,
+Quantization Noise, chapter 4). A, A_w and P are measured; differences of noises, which few samples do not show, are not
+taken, but of A and A_w, where one contains the other.
 """
 
 from __future__ import annotations
@@ -53,10 +54,6 @@ TAIL = 20.0
 
 _ADDS = frozenset({"Add", "Sub", "Sum", "Concat"})
 """Operators in whose output noise stands beside noise, not in proportion to the signal that it came with."""
-
-_UNCERTAIN = 0.1
-"""Where a tensor's inputs are noisy, at least this part of its noise is theirs: differences of sums over a few samples are
-known no better, and the smaller the rest, the more a change would seem to gain."""
 
 _NO_SIGNAL_DB = -300.0
 """What stands for a tensor that is nothing but noise."""
@@ -185,6 +182,7 @@ class _Measured:
     """Where it is rounded: as its readers see it."""
     alone: dict[str, Power] = field(default_factory=dict)
     weights: dict[str, Power] = field(default_factory=dict)
+    passed: dict[str, Power] = field(default_factory=dict)
     rounding: dict[str, Power] = field(default_factory=dict)
     """Of the tensor's own rounding, by site."""
     clipping: dict[str, _Clipping] = field(default_factory=dict)
@@ -218,7 +216,9 @@ class _Bench:
         ):
             for done, index in enumerate(taken, start=1):
                 feeds = self.stored.feeds(index)
-                self._add(sums, {**feeds, **reference.run(feeds)}, {**feeds, **candidate.run(feeds)}, seen)
+                theirs_seen = {**feeds, **candidate.run(feeds)}
+                given = {name: theirs_seen[theirs_name] for theirs_name, name in found.theirs.items()}
+                self._add(sums, {**feeds, **reference.run({**feeds, **given})}, theirs_seen, seen)
                 progress(done, len(taken))
         return sums
 
@@ -231,7 +231,7 @@ class _Bench:
         original = beside.prepared(onnx_files.read(self.model.path))
         theirs = beside.unrounded(beside.prepared(onnx_files.read(self.quantised.path)))
         ours, sums = beside.made(original.graph), beside.Factors()
-        results = {spec.name for spec in self.model.outputs}  # which callers compare as they are
+        results = {spec.name for spec in self.model.outputs}
         common = [
             name
             for name, value in beside.made(theirs.graph).items()
@@ -240,6 +240,8 @@ class _Bench:
             and graphs.is_float(ours[name])
             and value.producer() is not None
         ]
+        if not common:
+            return {}
         for network in (original, theirs):
             beside.show(network.graph, common)
         with (
@@ -249,7 +251,7 @@ class _Bench:
             for index in taken:
                 feeds = self.stored.feeds(index)
                 sums.add(reference.run(feeds), candidate.run(feeds))
-        return sums.found()
+        return beside.moved(original.graph, theirs.graph, sums.found(results))
 
     def _open(self, network: ir.Model, label: str) -> Runner:
         path = self.out_dir / f"explain-{label}.onnx"
@@ -272,6 +274,8 @@ class _Bench:
                 sums.alone.setdefault(name, Power()).add(expected, ours[copy.alone])
             if copy is not None and copy.weights is not None:
                 sums.weights.setdefault(name, Power()).add(expected, ours[copy.weights])
+            if copy is not None and copy.passed is not None:
+                sums.passed.setdefault(name, Power()).add(ours[name], ours[copy.passed])
         for site, rounding in found.roundings.items():
             sums.rounding.setdefault(site, Power()).add(ours[rounding.value], ours[rounding.rounded])
             sums.clipping.setdefault(site, _Clipping()).add(ours, rounding, _threshold(rounding))
@@ -311,7 +315,6 @@ def _trace_back(graph: ir.Graph, measured: _Measured) -> Flow:
 def _book(node: ir.Node, name: str, part: float, measured: _Measured, flow: Flow, weight: dict[str, float]) -> None:
     """Distribute ``part`` of the outputs' noise, which came by way of tensor ``name``."""
     added = node.op_type in _ADDS
-    total = measured.total.get(name, Power()).noise
     alone = measured.alone.get(name, Power()).noise
     by_weight = min(measured.weights.get(name, Power()).noise, alone)
     copy = measured.beside.copies.get(name)
@@ -322,8 +325,8 @@ def _book(node: ir.Node, name: str, part: float, measured: _Measured, flow: Flow
     for value in dict.fromkeys(node.inputs):
         if value is not None and str(value.name) in measured.total:
             before[str(value.name)] = _strength(measured.total[str(value.name)], added)
-    left = max(total - alone, _UNCERTAIN * total) if sum(before.values()) > 0 else 0.0
-    shares = [by_weight, (alone - by_weight) if sum(sites.values()) > 0 else 0.0, left]
+    passed = measured.passed.get(name, Power()).noise if sum(before.values()) > 0 else 0.0
+    shares = [by_weight, (alone - by_weight) if sum(sites.values()) > 0 else 0.0, passed]
     if not sum(shares):
         if not sum(before.values()):
             return
