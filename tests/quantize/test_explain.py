@@ -135,8 +135,8 @@ def test_a_range_that_clips_is_named_with_the_share_of_values_above(residual: Be
     change = next(change for change in found.advice if change.lines == ("[quantize]", 'method = "minmax"'))
     assert change.change == "choose ranges by minmax, which clips nothing"
     gained = sqnr(explained(residual)) - sqnr(found)
-    assert change.gain_db == pytest.approx(gained, abs=4)
-    assert gained > 10
+    assert change.gain_db > 15, "what is left of the noise is too little to say more"
+    assert gained > 15
 
 
 def test_a_long_tail_is_named_and_a_method_that_would_not_help_is_not_advised(tmp_path: Path) -> None:
