@@ -130,11 +130,26 @@ def moved(original: ir.Graph, quantised: ir.Graph, candidates: Mapping[str, Arra
             name = str(value.name)
             if name not in candidates or name not in makers:
                 continue
-            pairs = zip(node.inputs, makers[name].inputs, strict=False)
             passed = any(read is not None and str(read.name) in found for read in node.inputs)
-            if passed or any(_by_factors(placement.constant(ours), _dequantised(theirs)) for ours, theirs in pairs):
+            if passed or _constants_moved(node, makers[name]):
                 found[name] = candidates[name]
     return found
+
+
+def may_have_moved(original: ir.Graph, quantised: ir.Graph) -> bool:
+    """Whether `moved` could find anything, by a look at the constants alone."""
+    makers = {str(value.name): node for node in quantised for value in node.outputs}
+    return any(
+        _constants_moved(node, makers[str(value.name)])
+        for node in original
+        for value in node.outputs[:1]
+        if str(value.name) in makers
+    )
+
+
+def _constants_moved(ours: ir.Node, theirs: ir.Node) -> bool:
+    pairs = zip(ours.inputs, theirs.inputs, strict=False)
+    return any(_by_factors(placement.constant(one), _dequantised(other)) for one, other in pairs)
 
 
 def _by_factors(ours: Array | None, theirs: Array | None) -> bool:
