@@ -5,6 +5,7 @@ Layout of ``dist/<name>/``::
     manifest.json              what is here and why to believe it; SHA-256 and size of every other file
     recipe.json                the recipe as it was resolved, defaults filled in
     engines/<engine>/...       the engine's file, and external data beside it
+    explain/<engine>.json      where the error of a quantised engine comes from
     report.md, report.json     the evidence, for people and for programs
 
 The manifest carries a SHA-256 of itself. That finds damage and careless edits; it is no signature: whoever can write the
@@ -31,7 +32,7 @@ from typing import Any, TypeVar
 from compiler import codec, durable
 from compiler.durable import Record
 from compiler.errors import ArtifactError, GateFailedError
-from compiler.spec import DataSets, Engine, Latencies, Outcome, Platform, Scores, Verdict
+from compiler.spec import DataSets, Engine, Explanation, Latencies, Outcome, Platform, Scores, Search, Verdict
 
 T = TypeVar("T")
 
@@ -89,6 +90,8 @@ class Manifest:
     timing: Timing | None
     files: Mapping[str, Record]
     """Every file but this one, by path below the folder."""
+    searches: tuple[Search, ...] = ()
+    """Of engines whose mixture of precisions was searched for."""
 
     @property
     def original_bytes(self) -> int:
@@ -121,6 +124,8 @@ def publish(
     report_md: str,
     report_json: bytes,
     now: str,
+    explanations: Sequence[Explanation] = (),
+    searches: Sequence[Search] = (),
 ) -> Path:
     """Write an artifact aside and put it at ``folder``, in the place of an older artifact if there is one.
 
@@ -139,6 +144,8 @@ def publish(
         report_md: ``report.md``.
         report_json: ``report.json``.
         now: time of writing, ISO 8601, UTC.
+        explanations: of quantised engines; a file each.
+        searches: see `Manifest`.
 
     Raises:
         ArtifactError: ``folder`` holds something that this function did not write; an engine's file is not the one that
@@ -158,7 +165,9 @@ def publish(
                 ("recipe.json", _pretty(dict(recipe))),
                 ("report.md", report_md.encode()),
                 ("report.json", report_json),
+                *((_explanation(one.engine), codec.dump(one, aside)) for one in explanations),
             ):
+                (aside / name).parent.mkdir(exist_ok=True)
                 (aside / name).write_bytes(content)
                 files[name] = Record(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
             manifest = Manifest(
@@ -179,6 +188,7 @@ def publish(
                 scores=tuple(scores),
                 timing=_timing(latencies) if latencies else None,
                 files=files,
+                searches=tuple(searches),
             )
             (aside / MANIFEST).write_bytes(_seal(json.loads(codec.dump(manifest, aside))))
             durable.sync_tree(aside, private=False)
@@ -320,6 +330,10 @@ def _copy_engines(engines: Sequence[Engine], aside: Path) -> tuple[tuple[Engine,
     return tuple(shipped), files
 
 
+def _explanation(engine: str) -> str:
+    return f"explain/{engine}.json"
+
+
 def _set(samples: Any) -> SampleSet:
     return SampleSet(samples=samples.samples, sha256=samples.sha256)
 
@@ -365,6 +379,34 @@ def verify(folder: Path) -> Manifest:
         ArtifactError: naming every file that is not what was written (the first ten of them).
     """
     return while_unchanged(folder, lambda: _verify(folder.absolute()))
+
+
+def explained(folder: Path) -> dict[str, Explanation]:
+    """What an artifact says of where the errors of its quantised engines come from, by engine, after `verify`.
+
+    Raises:
+        ArtifactError: as of `verify`; or it says nothing.
+    """
+    return while_unchanged(folder, lambda: _explained(folder.absolute()))
+
+
+def _explained(folder: Path) -> dict[str, Explanation]:
+    manifest = _verify(folder)
+    found = {}
+    for engine in manifest.engines:
+        name = _explanation(engine.name)
+        if name in manifest.files:
+            try:
+                found[engine.name] = codec.load((folder / name).read_bytes(), Explanation, folder)
+            except (OSError, ValueError) as exc:
+                raise ArtifactError(f"{folder / name}: damaged: it cannot be decoded. {_AGAIN}") from exc
+    if not found:
+        precisions = ", ".join(f"'{engine.name}' {engine.precision}" for engine in manifest.engines) or "none"
+        raise ArtifactError(
+            f"{folder}: no explanation in it (engines: {precisions}); that of an int8, fp8 or int4 engine was expected. "
+            "Build one, with this version of build-engine."
+        )
+    return found
 
 
 def while_unchanged(folder: Path, read: Callable[[], T]) -> T:

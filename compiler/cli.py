@@ -103,6 +103,17 @@ def verify(artifact: Path, recipe: Path | None, overrides: tuple[str, ...], as_j
 
 
 @cli.command()
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--engine", metavar="NAME", help="Only this engine; default: every int8, fp8 and int4 engine.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON on standard output.")
+def explain(artifact: Path, engine: str | None, as_json: bool) -> int:
+    """Say where the error of quantised engines in ARTIFACT comes from, which tensors clip, and what would help most."""
+    from compiler.pipeline import session
+
+    return session.explain(artifact, engine, as_json=as_json)
+
+
+@cli.command()
 def doctor() -> int:
     """Say which back ends and extras are available here and, where not, why and what to do."""
     from compiler.pipeline import session

@@ -177,6 +177,75 @@ class Search:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TensorError:
+    """What quantisation does to one tensor; see `compiler.quantize.explain`. Names are those of the FP32 model."""
+
+    name: str
+    node: str
+    """Name of the node that makes it; empty of an input of the model."""
+    op: str
+    """Operator that makes it, or ``input``."""
+    layer: bool
+    """Whether it is made with a rounded weight."""
+    rounded: bool
+    """Whether who reads it reads it rounded."""
+    sqnr_db: float | None
+    """In the quantised model against FP32, the errors of all before it included; None where nothing differs."""
+    added_db: float | None
+    """Of what is rounded here alone, on FP32's own values: its weight, and itself; None where that changes nothing."""
+    share: float
+    """Part of the noise in the model's outputs that is traced back to what is rounded here; 0 to 1."""
+    weight_share: float
+    """The part of ``share`` that its weight makes."""
+    scale: float | None = None
+    threshold: float | None = None
+    """The largest magnitude that its scale represents."""
+    peak: float | None = None
+    """The largest magnitude on the calibration samples."""
+    clipped: float = 0.0
+    """Part of its values that lie above the threshold; 0 to 1."""
+    clipped_by: float = 0.0
+    """The largest of those, over the threshold: 2 for a value of twice the threshold."""
+    reason: str = ""
+    """What makes the error, in words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """A change of the recipe that would help."""
+
+    change: str
+    """In words."""
+    lines: tuple[str, ...]
+    """To paste into the recipe."""
+    gain_db: float
+    """Estimated rise of the SQNR of the model's outputs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Where the error of a quantised engine comes from."""
+
+    engine: str
+    precision: Precision
+    model_sha256: str
+    """Of the quantised model."""
+    outputs_db: Mapping[str, float | None]
+    """SQNR of each float output against FP32; None where nothing differs."""
+    tensors: tuple[TensorError, ...]
+    """Those with the largest ``share`` first."""
+    advice: tuple[Advice, ...]
+    """Those with the largest gain first, a search last."""
+    samples: int
+    fresh: bool
+    """Whether these samples set no range."""
+    data_sha256: str
+    notes: tuple[str, ...] = ()
+    failure: str = ""
+    """Why nothing could be measured; empty where it was."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Platform:
     """Where something was built or measured."""
 

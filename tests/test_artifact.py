@@ -21,14 +21,16 @@ from typing import Any
 import pytest
 
 import compiler
-from compiler import artifact, durable
+from compiler import artifact, codec, durable
 from compiler.artifact import Manifest
 from compiler.errors import ArtifactError, BackendUnavailableError, GateFailedError
 from compiler.spec import (
+    Advice,
     CalibrationSet,
     DataSets,
     DimRange,
     Engine,
+    Explanation,
     GateResult,
     Latencies,
     Latency,
@@ -37,6 +39,9 @@ from compiler.spec import (
     Precision,
     Score,
     Scores,
+    Search,
+    SearchPoint,
+    TensorError,
     TensorSpec,
     ValidationSet,
     Verdict,
@@ -977,3 +982,65 @@ def test_load_refuses_another_platform_before_it_opens_anything(
     monkeypatch.setattr(onnxruntime, "open", pytest.fail)
     with pytest.raises(ArtifactError, match=r"^.*engine 'fp32' is for .*; this machine is Linux 6\.1 riscv64\. Bui"):
         compiler.load(loadable)
+
+
+# --- explanations and searches --------------------------------------------------------------------------------------
+
+
+def explanation(engine: str) -> Explanation:
+    tensor = TensorError(
+        name="y", node="n", op="MatMul", layer=True, rounded=False, sqnr_db=30.0, added_db=None, share=1.0, weight_share=1.0
+    )  # fmt: skip
+    return Explanation(
+        engine=engine, precision=Precision.INT8, model_sha256="ab" * 32, outputs_db={"y": None}, tensors=(tensor,),
+        advice=(Advice(change="keep it", lines=('keep = ["y"]',), gain_db=3.0),), samples=8, fresh=True, data_sha256="ca" * 32,
+    )  # fmt: skip
+
+
+def test_explanations_are_files_that_the_manifest_covers(bench: Bench) -> None:
+    bench.publish(explanations=[explanation("int8")])
+    assert names(bench.folder) == sorted([*FILES, "explain/int8.json"])
+    assert artifact.explained(bench.folder) == {"int8": explanation("int8")}
+    path = bench.folder / "explain/int8.json"
+    path.write_bytes(path.read_bytes().replace(b'"share":1.0', b'"share":0.5'))
+    with pytest.raises(ArtifactError) as caught:
+        artifact.explained(bench.folder)
+    assert caught.value.message == refusal(bench.folder)
+    assert f"{path}: found SHA-256 " in caught.value.message
+
+
+def test_an_artifact_without_explanations_says_what_it_holds(bench: Bench) -> None:
+    bench.publish()
+    with pytest.raises(ArtifactError) as caught:
+        artifact.explained(bench.folder)
+    assert caught.value.message == (
+        f"{bench.folder}: no explanation in it (engines: 'fp32' fp32, 'int8' int8); that of an int8, fp8 or int4 engine was "
+        "expected. Build one, with this version of build-engine."
+    )
+
+
+def test_an_explanation_that_another_version_wrote_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    dump = codec.dump
+    monkeypatch.setattr(
+        codec, "dump",
+        lambda value, base: dump(value, base).replace(b'"samples":8', b'"samples":8,"new":1') if isinstance(value, Explanation) else dump(value, base),
+    )  # fmt: skip
+    bench.publish(explanations=[explanation("int8")])
+    monkeypatch.undo()
+    assert artifact.verify(bench.folder)
+    with pytest.raises(ArtifactError) as caught:
+        artifact.explained(bench.folder)
+    assert caught.value.message == f"{bench.folder / 'explain/int8.json'}: damaged: it cannot be decoded. {AGAIN}"
+
+
+def test_the_manifest_holds_every_point_of_a_search(bench: Bench) -> None:
+    point = SearchPoint(
+        precision=Precision.INT8, keep=("a", "b"), kept_layers=2, layers=9, measured={"top1": 0.9}, sqnr_db=None, within=True,
+        size_bytes=10,
+    )  # fmt: skip
+    found = Search(
+        engine="int8", points=(point,), chosen=0, reason="it is the only one", budget=("top1 drop <= 0.1",), samples=64,
+        data_sha256="dd" * 32, seconds=1.0,
+    )  # fmt: skip
+    bench.publish(searches=[found])
+    assert artifact.verify(bench.folder).searches == (found,)

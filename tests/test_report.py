@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from compiler import report
+from compiler.pipeline import console
+from compiler.spec import Advice, Explanation, Precision, TensorError
 
 SPEED = {
     "batch": 1,
@@ -109,3 +113,132 @@ def test_an_engine_that_was_not_run_says_so_with_what_was_run_and_what_was_read(
         "  - precision read from: the network; weights take 12,000 bytes, 9,999 in the model, 10,000 with one profile alone: "
         "some are stored once per profile\n"
     ) in text
+
+
+def _searched() -> dict[str, Any]:
+    point = {
+        "precision": "int8", "keep": [], "kept_layers": 0, "layers": 9, "measured": {"top1": 0.9}, "sqnr_db": 21.5, "within": False,
+        "size_bytes": 1 << 20, "speedup": {"1": 4.0, "8": 3.0}, "p50_ms": {"1": 0.25, "8": 1.5}, "on_front": True,
+    }  # fmt: skip
+    original = point | {
+        "precision": "fp32", "measured": {"top1": 0.99}, "sqnr_db": None, "within": True, "size_bytes": 4 << 20,
+        "speedup": {"1": 1.0, "8": 1.0}, "p50_ms": {"1": 1.0, "8": 4.5},
+    }  # fmt: skip
+    beaten = point | {"keep": ["b"], "kept_layers": 1, "on_front": False, "speedup": {}, "p50_ms": {}}
+    chosen = point | {"keep": ["a", "b|c"], "kept_layers": 2, "within": True, "measured": {"top1": 0.985}}
+    return {
+        "engine": "int8", "points": [original, point, beaten, chosen], "chosen": 3, "reason": "the fastest of 1 timed mixtures",
+        "budget": ["top1 drop <= 0.01 (95%)"], "samples": 256, "data_sha256": "f" * 64, "seconds": 41.7, "notes": ["a note on it"],
+    }  # fmt: skip
+
+
+def test_a_search_shows_its_front_what_was_chosen_and_why() -> None:
+    headings, rows = report.search_table(_searched())
+    assert headings == [
+        "point", "precision", "kept layers", "top1", "SQNR dB", "MiB", "p50 ms at 1", "speed-up at 1", "p50 ms at 8",
+        "speed-up at 8", "found",
+    ]  # fmt: skip
+    assert rows == [
+        ["0", "fp32", "all", "0.9900", "n/a", "4.00", "1", "1.00x", "4.5", "1.00x", "within the budget"],
+        ["1", "int8", "0 of 9", "0.9000", "21.5", "1.00", "0.25", "4.00x", "1.5", "3.00x", "outside the budget"],
+        ["3", "int8", "2 of 9", "0.9850", "21.5", "1.00", "0.25", "4.00x", "1.5", "3.00x", "chosen, within the budget"],
+    ]
+    assert report.search_lines(_searched()) == [
+        "Point 3 was chosen: the fastest of 1 timed mixtures.",
+        "Budget: top1 drop <= 0.01 (95%).",
+        (
+            "4 points were measured in 42 s, 3 of them on the Pareto front of error, latency and size, on 256 samples, SHA-256 "
+            + "f" * 64
+            + ", which neither calibrate nor judge."
+        ),
+        (
+            "To make a point again without [search]: its precision and, as engines.keep, its keep; both are in report.json, "
+            "searches, engine int8, points."
+        ),
+        "a note on it",
+    ]
+
+
+def test_a_search_whose_engines_were_not_timed_shows_every_point() -> None:
+    search = _searched()
+    search["points"] = [point | {"on_front": False, "speedup": {}, "p50_ms": {}} for point in search["points"]]
+    headings, rows = report.search_table(search)
+    assert headings == ["point", "precision", "kept layers", "top1", "SQNR dB", "MiB", "found"]
+    assert [row[0] for row in rows] == ["0", "1", "2", "3"]
+
+
+def test_markdown_and_console_show_a_search() -> None:
+    content = _content() | {"searches": [_searched()]}
+    text = report.markdown(content)
+    assert "## Search for int8" in text.splitlines()
+    assert (
+        "| 3 | int8 | 2 of 9 | 0.9850 | 21.5 | 1.00 | 0.25 | 4.00x | 1.5 | 3.00x | chosen, within the budget |" in text
+    )
+    assert "- Point 3 was chosen: the fastest of 1 timed mixtures." in text.splitlines()
+    shown = io.StringIO()
+    console.show_report(console.make(shown), content)
+    assert "search for int8" in shown.getvalue()
+    assert "chosen, within the budget" in shown.getvalue()
+    assert "Point 3 was chosen: the fastest of 1 timed mixtures." in shown.getvalue()
+
+
+# --- explanations ---------------------------------------------------------------------------------------------------
+
+
+def _explanation(count: int = 3, **changes: Any) -> Explanation:
+    tensors = tuple(
+        TensorError(
+            name=f"layers.{place}.a_name_that_does_not_fit_into_its_column", node="", op="Conv", layer=True, rounded=True,
+            sqnr_db=30.0, added_db=None if place else 31.0, share=0.5 / 2**place, weight_share=0.0, scale=0.1, threshold=12.7,
+            peak=20.0, clipped=0.0002, clipped_by=1.6, reason="threshold 12.7 of peak 20 chosen by mse: 0.02 % of the values lie above",
+        )
+        for place in range(count)
+    )  # fmt: skip
+    given: dict[str, Any] = {
+        "engine": "small", "precision": Precision.INT8, "model_sha256": "a" * 64, "outputs_db": {"logits": 29.5}, "tensors": tensors,
+        "advice": (Advice(change="keep 'a' in high precision", lines=("[[engines]]", 'keep = ["a"]'), gain_db=2.0),), "samples": 8,
+        "fresh": True, "data_sha256": "d" * 64, "notes": ("a note",),
+    }  # fmt: skip
+    return Explanation(**{**given, **changes})
+
+
+def _shown(explanation: Explanation, width: int = 240) -> list[str]:
+    shown = io.StringIO()
+    out = console.make(shown)
+    out.width = width
+    console.show_explanation(out, explanation)
+    return [line.rstrip() for line in shown.getvalue().splitlines()]
+
+
+def test_an_explanation_fits_110_columns_and_lists_15_tensors() -> None:
+    lines = _shown(_explanation(20))
+    assert max(map(len, lines)) <= 110
+    assert lines[0] == "small (int8): SQNR against FP32 on 8 calibration samples that set no range: logits 29.5 dB"
+    assert lines[1] == "note: a note"
+    assert sum(" Conv " in line for line in lines) == 15
+    text = " ".join(" ".join(lines).split())
+    assert "5 more tensors add 0.0 %; 20 layers with rounded weights, 20 rounded activations, 20 of them clip." in text
+    assert "1. keep 'a' in high precision: about +2.0 dB [[engines]] keep = [\"a\"]" in text
+    assert "50.0 % 30.0 31.0 0.02 %" in text
+    assert "25.0 % 30.0 exact 0.02 %" in text
+
+
+def test_lines_to_paste_are_never_broken() -> None:
+    line = f"keep = [{', '.join(repr(f'a.long.name.{place}') for place in range(40))}]"
+    advice = (Advice(change="keep them", lines=(line,), gain_db=1.0),)
+    assert f"     {line}" in _shown(_explanation(advice=advice), width=80)
+
+
+def test_a_lossless_engine_and_one_that_could_not_be_explained_say_so() -> None:
+    (tensor, *_) = _explanation(1).tensors
+    still = replace(tensor, share=0.0, sqnr_db=None)
+    lossless = _shown(_explanation(tensors=(still,), outputs_db={"logits": None}, notes=(), engine="int8"))
+    assert lossless == [
+        "int8: SQNR against FP32 on 8 calibration samples that set no range: logits exact",
+        "Lossless: what is rounded changes no output.",
+    ]
+    assert _shown(_explanation(tensors=(), notes=()))[1] == "Lossless: nothing is rounded."
+    refused = _shown(_explanation(failure="the runtime refuses it."))
+    assert refused == ["small (int8): not explained: the runtime refuses it."]
+    idle = _shown(_explanation(advice=()))
+    assert "No single change of the recipe would help by 0.1 dB or more." in idle

@@ -14,6 +14,7 @@ from rich.text import Text
 from compiler import report
 from compiler.pipeline.plan import Plan, Step
 from compiler.pipeline.run import StepRecord
+from compiler.spec import Explanation
 
 _TITLES = {
     "data": "read the data",
@@ -24,6 +25,7 @@ _TITLES = {
     "optimize": "optimise the graph",
     "observe": "calibrate",
     "quantize": "convert",
+    "explain": "explain",
     "build": "build",
     "stand_in": "build stand-in",
     "accuracy": "score",
@@ -117,6 +119,8 @@ def show_report(console: Console, content: Mapping[str, Any]) -> None:
         table.add_row(*cells, Text(verdict, style=STYLES.get(verdict, "")))
     console.print()
     console.print(table)
+    for search in content.get("searches", ()):
+        _show_search(console, search)
     for engine in content["engines"]:
         for gate in engine["gates"]:
             if gate["outcome"] != "pass":
@@ -124,3 +128,82 @@ def show_report(console: Console, content: Mapping[str, Any]) -> None:
                 console.print(Text.assemble((f"{gate['outcome']}: ", style), f"{engine['name']}: {gate['reason']}"))
     for failure in content["failures"]:
         console.print(Text.assemble(("failed: ", "bold red"), f"{failure['engine']}: {failure['message']}"))
+
+
+def _show_search(console: Console, search: Mapping[str, Any]) -> None:
+    """The points of a search that no other beats, what was chosen and why."""
+    headings, rows = report.search_table(search)
+    table = Table(
+        box=None, pad_edge=False, header_style="bold", title=f"search for {search['engine']}", title_justify="left"
+    )
+    for heading in headings:
+        table.add_column(heading, overflow="fold", justify="left" if heading in ("precision", "found") else "right")
+    for row in rows:
+        table.add_row(*row, style="bold" if row[-1].startswith("chosen") else "")
+    console.print()
+    console.print(table)
+    for line in report.search_lines(search):
+        console.print(line)
+    console.print()
+
+
+_EXPLAINED_WIDTH = 110
+"""Columns that an explanation takes at most."""
+_EXPLAINED_ROWS = 15
+_NAME_WIDTH = 28
+
+
+def show_explanation(console: Console, explanation: Explanation) -> None:
+    """The tensors that add most of the error, what is left of them in a line, and the changes that would help most."""
+    name = explanation.engine
+    label = name if name == explanation.precision else f"{name} ({explanation.precision})"
+
+    def say(text: str, style: str = "") -> None:
+        console.print(Text(text, style=style), width=min(console.width, _EXPLAINED_WIDTH), soft_wrap=False)
+
+    if explanation.failure:
+        say(f"{label}: not explained: {explanation.failure}", "yellow")
+        return
+    which = "calibration samples that set no range" if explanation.fresh else "calibration samples"
+    outputs = ", ".join(f"{output} {_db(db)}" for output, db in explanation.outputs_db.items())
+    say(f"{label}: SQNR against FP32 on {explanation.samples} {which}: {outputs or 'no float output'}", "bold")
+    for note in explanation.notes:
+        say(f"note: {note}", "dim")
+    adding = [tensor for tensor in explanation.tensors if tensor.share > 0]
+    if not adding:
+        rounded = any(tensor.rounded or tensor.layer for tensor in explanation.tensors)
+        say("Lossless: " + ("what is rounded changes no output." if rounded else "nothing is rounded."), "green")
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold", width=min(console.width, _EXPLAINED_WIDTH))
+    table.add_column("tensor", max_width=_NAME_WIDTH, overflow="fold")
+    table.add_column("made by", max_width=14, overflow="fold")
+    for heading in ("share", "SQNR dB", "added dB", "clipped"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("why", overflow="fold", ratio=1)
+    for tensor in adding[:_EXPLAINED_ROWS]:
+        clipped = f"{100 * tensor.clipped:.2g} %" if tensor.clipped else ""
+        decibels = [f"{db:.1f}" if db is not None else "exact" for db in (tensor.sqnr_db, tensor.added_db)]
+        table.add_row(tensor.name, tensor.op, f"{100 * tensor.share:.1f} %", *decibels, clipped, tensor.reason)
+    console.print(table)
+    others = adding[_EXPLAINED_ROWS:]
+    rest = f"{len(others)} more tensors add {100 * sum(tensor.share for tensor in others):.1f} %; " if others else ""
+    clipping = sum(tensor.clipped > 0 for tensor in explanation.tensors)
+    activations = sum(tensor.rounded for tensor in explanation.tensors)
+    layers = sum(tensor.layer for tensor in explanation.tensors)
+    say(f"{rest}{layers} layers with rounded weights, {activations} rounded activations, {clipping} of them clip.")
+    say(
+        "share: of the outputs' noise; SQNR: with the errors of all before; added: by what is rounded here alone.",
+        "dim",
+    )
+    if not explanation.advice:
+        say("No single change of the recipe would help by 0.1 dB or more.")
+    for place, advice in enumerate(explanation.advice, start=1):
+        say(f"\n{place}. {advice.change}: about {advice.gain_db:+.1f} dB")
+        for line in advice.lines:
+            # Lines to paste are not broken.
+            console.print(Text(f"     {line}", style="cyan"), soft_wrap=True)
+    console.print()
+
+
+def _db(value: float | None) -> str:
+    return "exact" if value is None else f"{value:.1f} dB"

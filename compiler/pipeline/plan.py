@@ -22,6 +22,7 @@ from compiler.recipe import QUANTIZED, EngineSection, Recipe, TensorRTSection
 from compiler.spec import (
     DataSets,
     Engine,
+    Explanation,
     Interface,
     Latencies,
     OnnxModel,
@@ -40,7 +41,7 @@ _BUILD_KEYS = tuple(
 )
 """Keys of ``[tensorrt]`` that change what is built."""
 
-_MAKING = ("export", "reference_to_select", "optimize", "observe", "search", "quantize", "stand_in")
+_MAKING = ("export", "reference_to_select", "optimize", "observe", "search", "quantize", "explain", "stand_in")
 """Stages that engine files which exist already do without."""
 
 _SHARED = ("spec.py", "source.py", "data.py", "onnx_files.py", "pipeline/steps.py")
@@ -102,6 +103,12 @@ STAGES: Mapping[str, Stage] = {
     ),
     "quantize": Stage(
         result=OnnxModel,
+        sources=("quantize", "backends/onnxruntime.py"),
+        packages=(*_GRAPH, *_ORT),
+        error="CalibrationError",
+    ),
+    "explain": Stage(
+        result=Explanation,
         sources=("quantize", "backends/onnxruntime.py"),
         packages=(*_GRAPH, *_ORT),
         error="CalibrationError",
@@ -259,6 +266,8 @@ def make(
                 }
                 needs["search"] = add("search", {**needs, "original": original_to_select}, how, engine)
             ready = add("quantize", needs, asked, engine)
+            if engine.precision in QUANTIZED:
+                add("explain", {**needs, "quantised": ready}, asked, engine)
         # An engine carries its name and the reason for its back end.
         parts: dict[str, Any] = {
             "name": engine.label,

@@ -21,6 +21,7 @@ from compiler.errors import (
     GateFailedError,
     InconclusiveError,
     RecipeError,
+    suggest,
 )
 from compiler.pipeline import plan as plans
 from compiler.pipeline.store import Store
@@ -172,6 +173,8 @@ def conclude(recipe: recipes.Recipe, plan: plans.Plan, finished: Any, options: O
     latencies = values.get("latency")
     ahead = recipe.tensorrt.ahead_of_time
     verdicts = judge.judge(recipe.gates, engines, scores, latencies, original_bytes, ahead_of_time=ahead)
+    searches = [values[f"search:{label}"] for label in labels if f"search:{label}" in values]
+    explanations = [values[f"explain:{label}"] for label in labels if f"explain:{label}" in values]
     outcome = Outcome.FAIL if finished.failures else judge.worst(verdict.outcome for verdict in verdicts)
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     content = report.assemble(
@@ -194,6 +197,7 @@ def conclude(recipe: recipes.Recipe, plan: plans.Plan, finished: Any, options: O
         platform=backends.get("onnxruntime").platform(),
         steps=[asdict(record) for record in finished.records],
         failures={engine: error.message for engine, error in finished.failures.items()},
+        searches=searches,
     )
     code = _EXIT[outcome]
     if finished.failures:
@@ -217,6 +221,8 @@ def conclude(recipe: recipes.Recipe, plan: plans.Plan, finished: Any, options: O
             report_md=report.markdown(content),
             report_json=json.dumps(content, indent=1).encode(),
             now=now,
+            explanations=explanations,
+            searches=searches,
         )
     except BuildEngineError as exc:
         lost = exc
@@ -232,6 +238,9 @@ def conclude(recipe: recipes.Recipe, plan: plans.Plan, finished: Any, options: O
         if not recipe.tensorrt.ahead_of_time:
             todo += "\nTo leave that to the target and pass here: [tensorrt] ahead_of_time = true"
         out.print(f"\n{todo}")
+    missed = {verdict.engine for verdict in verdicts if verdict.outcome is Outcome.FAIL}
+    if missed & {explanation.engine for explanation in explanations}:
+        out.print(f"\nWhere the error of a quantised engine comes from: build-engine explain {folder}")
     kept = "" if name == recipe.name else f" ({options.output / recipe.name} is left as it was)"
     out.print(f"\n{outcome.value}: {folder}{kept}", style=console.STYLES[outcome.value])
     return code
@@ -263,6 +272,24 @@ def verify(folder: Path, recipe_path: Path | None, overrides: tuple[str, ...], *
     for gate in gates:
         out.print(f"{gate.outcome.value}: {gate.engine}: {gate.gate}: {gate.reason}")
     return code
+
+
+def explain(folder: Path, engine: str | None, *, as_json: bool) -> int:
+    """Say where the errors of an artifact's quantised engines come from; its files are checked first."""
+    known = artifact.explained(folder)
+    if engine is not None and engine not in known:
+        raise RecipeError(f"--engine {engine}: no explanation of such an engine in {folder}; {suggest(engine, known)}")
+    chosen = known if engine is None else {engine: known[engine]}
+    if as_json:
+        content = {"folder": str(folder), "engines": [asdict(explanation) for explanation in chosen.values()]}
+        sys.stdout.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        return 0
+    from compiler.pipeline import console
+
+    out = console.make(sys.stdout)
+    for explanation in chosen.values():
+        console.show_explanation(out, explanation)
+    return 0
 
 
 def _validate_again(manifest: artifact.Manifest, recipe_path: Path, overrides: tuple[str, ...]) -> tuple[Verdict, ...]:

@@ -6,6 +6,7 @@ that they may not import (`open_model`, the user's metrics, a runner of the orig
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +17,12 @@ import msgspec
 from compiler import backends, source
 from compiler.errors import BuildEngineError
 from compiler.pipeline.measures import user_measures
-from compiler.recipe import EngineSection, Recipe
+from compiler.recipe import QUANTIZED, EngineSection, Recipe
 from compiler.spec import (
     CalibrationSet,
     DataSets,
     Engine,
+    Explanation,
     Feeds,
     Interface,
     Latencies,
@@ -175,6 +177,46 @@ def _quantize(job: Job) -> OnnxModel:
     )
 
 
+def _explain(job: Job) -> Explanation:
+    from compiler.backends.onnxruntime import open_model
+    from compiler.quantize import explain, quantize
+
+    engine, model, statistics = job.section, job.inputs["model"], job.inputs["statistics"]
+    quantised: OnnxModel = job.inputs["quantised"]
+    found: Search | None = job.inputs.get("search")
+    scratch = job.out_dir / "scratch"
+    scratch.mkdir()
+    if engine.rest != "fp32" and quantised.precision in QUANTIZED:
+        # What is to be seen is what eight or four bits do; and the rest in BF16 does not run here.
+        keep = (*engine.keep, *(found.point.keep if found is not None else ()))
+        quantised = quantize(
+            msgspec.structs.replace(engine, rest="fp32", keep=keep),
+            job.recipe.quantize,
+            model,
+            statistics,
+            _calibration(job),
+            open_model=open_model,
+            threads=job.threads,
+            out_dir=scratch,
+            checked=False,
+        )
+    explanation = explain.explain(
+        engine,
+        job.recipe.quantize,
+        model,
+        quantised,
+        statistics,
+        _calibration(job),
+        searched=found is not None,
+        open_model=open_model,
+        threads=job.threads,
+        out_dir=scratch,
+        progress=job.progress,
+    )
+    shutil.rmtree(scratch)
+    return explanation
+
+
 def _calibration(job: Job) -> CalibrationSet:
     calibration: CalibrationSet | None = job.inputs["data"].calibration
     assert calibration is not None, "the plan asks for a calibration set where an engine needs one"
@@ -284,6 +326,7 @@ RUN: Mapping[str, Callable[[Job], Any]] = {
     "reference_to_select": _reference,
     "search": _search,
     "quantize": _quantize,
+    "explain": _explain,
     "build": _build,
     "stand_in": _build,
     "accuracy": _accuracy,

@@ -31,7 +31,7 @@ _CEILING_DB = 60.0
 
 
 @dataclass(kw_only=True)
-class _Power:
+class Power:
     """Sums of squares over samples."""
 
     signal: float = 0.0
@@ -51,7 +51,7 @@ class _Power:
     def sqnr_db(self) -> float:
         """10 log10(signal / noise): inf where there is no noise, -inf where there is nothing else.
 
-        >>> round(_Power(signal=2.0, noise=0.02).sqnr_db, 1), _Power().sqnr_db, _Power(noise=1.0).sqnr_db
+        >>> round(Power(signal=2.0, noise=0.02).sqnr_db, 1), Power().sqnr_db, Power(noise=1.0).sqnr_db
         (20.0, inf, -inf)
         """
         if self.noise == 0.0:
@@ -84,9 +84,7 @@ def check(
         CalibrationError: an output is below ``min_sqnr_db``, or finite in one model only.
     """
     stored = Samples(data.path)
-    fresh = sorted(set(range(len(stored))) - set(calibrated_on))
-    pool = fresh or list(range(len(stored)))
-    taken = [pool[index * len(pool) // SAMPLES] for index in range(SAMPLES)] if len(pool) > SAMPLES else pool
+    taken, fresh = pick(len(stored), calibrated_on, SAMPLES)
     runs = _Runs(stored=stored, open_model=open_model, threads=threads)
     powers = runs.compare(original, quantised, taken, None, progress)
     which = "calibration samples that set no range" if fresh else "calibration samples"
@@ -113,6 +111,17 @@ def check(
     return f"SQNR against FP32 on {len(taken)} {which}: {listed}"
 
 
+def pick(stored: int, calibrated_on: Sequence[int], count: int) -> tuple[list[int], bool]:
+    """At most ``count`` of ``stored`` samples, evenly spaced, and whether they are such as set no range.
+
+    >>> pick(6, [0, 2, 4], 2), pick(3, [0, 1, 2], 2)
+    (([1, 3], True), ([0, 1], False))
+    """
+    fresh = sorted(set(range(stored)) - set(calibrated_on))
+    pool = fresh or list(range(stored))
+    return ([pool[index * len(pool) // count] for index in range(count)] if len(pool) > count else pool), bool(fresh)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Runs:
     """How two models are given the same samples."""
@@ -128,9 +137,9 @@ class _Runs:
         taken: Sequence[int],
         pairs: Mapping[str, str] | None,
         progress: Progress = no_progress,
-    ) -> dict[str, _Power]:
+    ) -> dict[str, Power]:
         """Sums over ``taken`` by name in the original, of ``pairs`` (its name in the other), default: float outputs."""
-        powers: dict[str, _Power] = {}
+        powers: dict[str, Power] = {}
         with (
             closing(self.open_model(original, threads=self.threads)) as reference,
             # What the file means, and not what a runtime's fusions, which take axes for granted, make of it.
@@ -141,7 +150,7 @@ class _Runs:
                 expected, found = {**feeds, **reference.run(feeds)}, candidate.run(feeds)
                 for name, other in (pairs or {name: name for name in found}).items():
                     if expected[name].dtype.kind == "f":
-                        powers.setdefault(name, _Power()).add(expected[name], found[other])
+                        powers.setdefault(name, Power()).add(expected[name], found[other])
                 progress(done, len(taken))
         return powers
 

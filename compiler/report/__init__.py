@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from compiler.spec import DataSets, Engine, Latencies, Outcome, Platform, Scores, Speed, Verdict
+from compiler.spec import DataSets, Engine, Latencies, Outcome, Platform, Scores, Search, Speed, Verdict
 
 SCHEMA = 1
 HEADINGS = (
@@ -26,6 +26,9 @@ HEADINGS = (
     "speed-up",
     "verdict",
 )
+
+UNROUNDED = ("fp32", "fp16", "bf16")
+"""Precisions in which a search keeps every layer."""
 
 
 def assemble(
@@ -44,6 +47,7 @@ def assemble(
     platform: Platform,
     steps: Sequence[Mapping[str, Any]],
     failures: Mapping[str, str],
+    searches: Sequence[Search] = (),
 ) -> dict[str, Any]:
     """Plain values for ``report.json``.
 
@@ -62,6 +66,7 @@ def assemble(
         platform: where all this ran.
         steps: what each step cost.
         failures: engine name -> why it was not built, with ``--keep-going``.
+        searches: of engines whose mixture of precisions was searched for.
     """
     by_engine = {verdict.engine: verdict for verdict in verdicts}
     return {
@@ -102,6 +107,7 @@ def assemble(
             }
             for engine in engines
         ],
+        "searches": [_plain(search) for search in searches],
         "latency": None if latencies is None else _plain(latencies),
         "steps": [dict(step) for step in steps],
         "failures": [{"engine": engine, "message": message} for engine, message in failures.items()],
@@ -201,6 +207,7 @@ def markdown(report: Mapping[str, Any]) -> str:
             [_latency_cells(speed) for owner in (report["original"], *engines) for speed in owner["speeds"]],
         ),
         "A percentile is n/a where there are too few calls to bound it: 11 for p50, 64 for p90, 662 for p99.",
+        *(part for search in report.get("searches", ()) for part in _search_parts(search)),
         "## Evidence",
         "\n".join(f"- {line}" for line in _evidence(report)),
         "## Engines",
@@ -235,6 +242,73 @@ def _latency_cells(speed: Mapping[str, Any]) -> list[str]:
     batch, p50, p99, ratio = _speed_cells(speed, " ")
     calls, p90, per_s = str(speed["samples"]), _ms(speed["p90_ms"]), f"{speed['per_s']:.4g}"
     return [speed["candidate"], batch, calls, p50, p90, p99, per_s, ratio]
+
+
+def search_table(search: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows: the points of a search that no other beats, and the chosen one; all, where none was timed.
+
+    A point's number is its place in ``points`` of report.json, where the names of its kept layers are.
+    """
+    points = search["points"]
+    shown = [place for place, point in enumerate(points) if point["on_front"] or place == search["chosen"]]
+    if not any(point["on_front"] for point in points):
+        shown = list(range(len(points)))
+    metrics = list(dict.fromkeys(name for point in points for name in point["measured"]))
+    batches = sorted({batch for point in points for batch in point["p50_ms"]}, key=int)
+    headings = ["point", "precision", "kept layers", *metrics, "SQNR dB", "MiB"]
+    headings += [heading for batch in batches for heading in (f"p50 ms at {batch}", f"speed-up at {batch}")]
+    rows = []
+    for place in shown:
+        point = points[place]
+        timed = [
+            cell for batch in batches for cell in (_ms(point["p50_ms"].get(batch)), _ratio(point["speedup"].get(batch)))
+        ]
+        found = "within the budget" if point["within"] else "outside the budget"
+        rows.append(
+            [
+                str(place),
+                point["precision"],
+                f"{point['kept_layers']} of {point['layers']}" if point["precision"] not in UNROUNDED else "all",
+                *(_number(point["measured"][name]) if name in point["measured"] else "n/a" for name in metrics),
+                "n/a" if point["sqnr_db"] is None else f"{point['sqnr_db']:.1f}",
+                f"{point['size_bytes'] / 2**20:.2f}",
+                *timed,
+                f"chosen, {found}" if place == search["chosen"] else found,
+            ]
+        )
+    return [*headings, "found"], rows
+
+
+def search_lines(search: Mapping[str, Any]) -> list[str]:
+    """What a search chose, why, by what, and how to make a point again."""
+    points, chosen = search["points"], search["chosen"]
+    front = sum(point["on_front"] for point in points)
+    return [
+        f"Point {chosen} was chosen: {search['reason']}.",
+        f"Budget: {'; '.join(search['budget'])}.",
+        (
+            f"{len(points)} points were measured in {search['seconds']:.0f} s, {front} of them on the Pareto front of error, "
+            f"latency and size, on {search['samples']} samples, SHA-256 {search['data_sha256']}, which neither calibrate nor judge."
+        ),
+        (
+            "To make a point again without [search]: its precision and, as engines.keep, its keep; both are in report.json, "
+            f"searches, engine {search['engine']}, points."
+        ),
+        *search["notes"],
+    ]
+
+
+def _search_parts(search: Mapping[str, Any]) -> list[str]:
+    headings, rows = search_table(search)
+    return [
+        f"## Search for {escape(search['engine'])}",
+        grid([escape(heading) for heading in headings], rows),
+        "\n".join(f"- {escape(line)}" for line in search_lines(search)),
+    ]
+
+
+def _ratio(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.2f}x"
 
 
 def _evidence(report: Mapping[str, Any]) -> list[str]:
