@@ -19,8 +19,9 @@ from compiler.durable import hash_of
 from compiler.errors import ExportError, from_os_error
 from compiler.spec import DimRange, OnnxModel, Precision, TensorSpec
 
-EXTERNAL_ABOVE_BYTES = (1 << 31) - (1 << 26)
-"""Weights above this go to a file of their own: a protobuf message ends at 2 GiB, and the graph needs room too."""
+EXTERNAL_ABOVE_BYTES = 1 << 28
+"""Weights above this go to a file of their own. A protobuf message would hold 2 GiB, but is in memory several times over
+wherever it is read or written; what lies in a file is mapped, and read when it is touched."""
 
 MAX_EXPANDED_NODES = 1_000_000
 """Nodes that a model may have once its local functions are inlined."""
@@ -94,6 +95,27 @@ def write(model: ir.Model, path: Path, *, external_above: int = EXTERNAL_ABOVE_B
             value.const_value = tensor
     files = external_files(path) if external else ()
     return sha256_of(path, files), files
+
+
+def write_graph(model: ir.Model, path: Path) -> Path | None:
+    """Write ``model`` without the weights that lie in the files of another model already: they stay there.
+
+    Returns their folder, for `compiler.spec.OpenModel`; None where there are none. All other weights are written inside.
+
+    Raises:
+        ArtifactError: the folder cannot be written.
+    """
+    values = [value for graph in model.graphs() for value in graph.initializers.values()]
+    outside = [value.const_value for value in values if isinstance(value.const_value, ir.ExternalTensor)]
+    folders = {str(tensor.base_dir) for tensor in outside}
+    if len(folders) != 1:
+        write(model, path, external_above=1 << 62)
+        return None
+    try:
+        path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+    except OSError as exc:
+        raise from_os_error(exc, path) from exc
+    return Path(folders.pop())
 
 
 def sha256_of(path: Path, external_data: Sequence[Path] = ()) -> str:

@@ -315,6 +315,12 @@ class Recipe(_Section, frozen=True, kw_only=True):
         return fnmatch.fnmatchcase(engine.label, self.search.engine)
 
     @property
+    def halved(self) -> bool:
+        """Whether something is to be FP16 or BF16."""
+        halves = {Precision.FP16.value, Precision.BF16.value}
+        return any(engine.precision.value in halves or engine.rest in halves for engine in self.engines)
+
+    @property
     def batches(self) -> tuple[int, ...]:
         """Batch sizes to time: as asked, else the minimum and optimum of the batch axis, else 1."""
         axis = self.axes.get(batch_axis(self.inputs) or "")

@@ -465,10 +465,13 @@ class Runner(Protocol):
 class OpenModel(Protocol):
     """Opens an ONNX file for running on this machine; how `export`, `optimize` and `quantize` run models.
 
-    ``optimize=False`` turns off every graph optimisation of the runtime.
+    ``optimize=False`` turns off every graph optimisation of the runtime. ``weights`` is the folder of the external data, where
+    that is not the file's own; they are then read where they lie, memory-mapped, and not copied into faster layouts.
     """
 
-    def __call__(self, path: Path, *, threads: int = 0, optimize: bool = True) -> Runner: ...
+    def __call__(
+        self, path: Path, *, threads: int = 0, optimize: bool = True, weights: Path | None = None
+    ) -> Runner: ...
 
 
 Progress: TypeAlias = Callable[[int, int], None]

@@ -157,13 +157,13 @@ def open(engine: Engine, *, threads: int) -> Runner:
     )
 
 
-def open_model(path: Path, *, threads: int = 0, optimize: bool = True) -> Runner:
+def open_model(path: Path, *, threads: int = 0, optimize: bool = True, weights: Path | None = None) -> Runner:
     """An ONNX file on the CPU, as it is: how the stages run models. See `compiler.spec.OpenModel`.
 
     Raises:
         BuildError: the runtime refuses the file.
     """
-    return _SessionRunner(path, threads=threads, provider=CPU, optimize=optimize)
+    return _SessionRunner(path, threads=threads, provider=CPU, optimize=optimize, weights=weights)
 
 
 # --- running --------------------------------------------------------------------------------------------------------
@@ -182,12 +182,20 @@ class _SessionRunner:
         spin: bool = False,
         fuse: bool = True,
         flush: bool = False,
+        weights: Path | None = None,
         inputs: tuple[TensorSpec, ...] | None = None,
         outputs: tuple[TensorSpec, ...] | None = None,
     ) -> None:
         self._path = path
         self._session: Any = _session(
-            path, threads=threads, provider=provider, optimize=optimize, spin=spin, fuse=fuse, flush=flush
+            path,
+            threads=threads,
+            provider=provider,
+            optimize=optimize,
+            spin=spin,
+            fuse=fuse,
+            flush=flush,
+            weights=weights,
         )
         self.inputs = _specs(self._session.get_inputs()) if inputs is None else inputs
         self.outputs = _specs(self._session.get_outputs()) if outputs is None else outputs
@@ -235,10 +243,18 @@ def _fuses(precision: Precision) -> bool:
 
 
 def _session(
-    path: Path, *, threads: int, provider: str, optimize: bool, spin: bool, fuse: bool, flush: bool = False
+    path: Path,
+    *,
+    threads: int,
+    provider: str,
+    optimize: bool,
+    spin: bool,
+    fuse: bool,
+    flush: bool = False,
+    weights: Path | None = None,
 ) -> onnxruntime.InferenceSession:
     """A session. ``spin``: threads wait for work by spinning for a while; ``fuse``: Q/DQ nodes may be fused;
-    ``flush``: denormal numbers count as zero.
+    ``flush``: denormal numbers count as zero; ``weights``: see `compiler.spec.OpenModel`.
 
     An engine spins, as ONNX Runtime and PyTorch do by default: without, a transformer takes a quarter longer. What runs
     a model to look at it does not: it is not timed, and spinning takes the cores from everybody else.
@@ -263,10 +279,15 @@ def _session(
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     if _saturates():
         options.add_session_config_entry("session.x64quantprecision", "1")
+    source: str | bytes = str(path)
+    if weights is not None:
+        source = path.read_bytes()
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
+        options.add_session_config_entry("session.disable_prepacking", "1")
     wanted: list[Any] = [CPU] if provider == CPU else [(CUDA, {"use_tf32": "0"}), CPU]
     try:
         avoided = [*(_SLOW if provider == CPU else ()), *(() if fuse else _WRONG_ON_FP8)]
-        session = ort.InferenceSession(str(path), options, providers=wanted, disabled_optimizers=avoided)
+        session = ort.InferenceSession(source, options, providers=wanted, disabled_optimizers=avoided)
     except Exception as exc:
         raise _translated(path, exc) from exc
     if session.get_providers()[0] != provider:

@@ -141,6 +141,8 @@ def _evaluate(node: ir.Node, model: ir.Model, room: int) -> list[Array] | None:
             size = _output_bytes(node, inputs)
             if size is None or size > (min(room, _KEPT_SMALL_BYTES) if growing else room):
                 return None
+            if size > _KEPT_SMALL_BYTES and any(_is_shared(value) for value in node.inputs):
+                return None
             results = _compute(node, inputs, edit.opset(model))
         except Exception:
             # The reference raises whatever it likes on what it cannot do; the node then stays.
@@ -155,6 +157,14 @@ def _evaluate(node: ir.Node, model: ir.Model, room: int) -> list[Array] | None:
         if known is not None and known != array.shape:
             return None
     return results
+
+
+def _is_shared(value: ir.Value | None) -> bool:
+    """Whether a large weight stays although this node is gone: then its result would be a second copy (of a table that a head
+    is tied to, say)."""
+    if value is None or value.const_value is None or value.const_value.nbytes <= _KEPT_SMALL_BYTES:
+        return False
+    return value.is_graph_output() or len({node for node, _ in value.uses()}) > 1
 
 
 def _may_compute(node: ir.Node, arrays: Sequence[Array]) -> bool:

@@ -241,7 +241,11 @@ def make(
     original_to_select = add("reference_to_select", {"data": data}, interface) if searched else ""
     observe = ""
     if calibrated:
-        sizes = {"samples": recipe.quantize.samples, "min_samples": recipe.quantize.min_samples}
+        sizes = {
+            "samples": recipe.quantize.samples,
+            "min_samples": recipe.quantize.min_samples,
+            "extremes": recipe.halved,
+        }
         observe = add("observe", {"model": model, "data": data}, sizes)
     built: dict[str, str] = {}
     stand_ins: dict[str, str] = {}

@@ -127,6 +127,7 @@ def _observe(job: Job) -> Statistics:
         open_model=open_model,
         threads=job.threads,
         out_dir=job.out_dir,
+        extremes=job.recipe.halved,
         progress=job.progress,
     )
 

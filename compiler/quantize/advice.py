@@ -228,9 +228,9 @@ def _smoothed(section: QuantizeSection, flow: Flow, sources: Sources, observed: 
         if outlying(found.channels.peaks) < OUTLYING:
             continue
         mean_squares = found.channels.squares * (found.channels.peaks.size / max(found.count, 1))
-        _, gain = smooth.choose_factors(found.channels.peaks, mean_squares, np.concatenate(readers, axis=1))
-        if gain > 0:
-            part += share * (1 - 10 ** (-gain / 10))
+        remedy = smooth.choose(found.channels.peaks, mean_squares, np.concatenate(readers, axis=1), splitting=False)
+        if remedy is not None:
+            part += share * (1 - 10 ** (-remedy.gain_db / 10))
             names.append(site)
     if not names or section.smooth == "on":
         return []

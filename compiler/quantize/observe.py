@@ -46,7 +46,7 @@ BINS = 1 << 15
 FINITE_BINS = 0x7F80
 """Bins of finite values; the others count infinities and NaN."""
 
-FETCH_BYTES = 256 << 20
+FETCH_BYTES = 48 << 20
 """Batches are made no larger than lets the fetched tensors fit here."""
 
 OUTLIER_RATIO = 100.0
@@ -166,11 +166,16 @@ def observe(
     open_model: OpenModel,
     threads: int,
     out_dir: Path,
+    extremes: bool = True,
     progress: Progress = no_progress,
 ) -> Statistics:
     """Run up to ``samples`` calibration samples, evenly spaced over the set, and store what they show.
 
     Memory does not grow with the number of samples: one batch is held at a time, of at most the batch axis' optimum.
+
+    Args:
+        extremes: whether to look at tensors that INT8 does not round, too, as FP16 and BF16 ask: it hinders the runtime's
+            fusions, and takes half as long again.
 
     Raises:
         CalibrationError: fewer than ``min_samples`` samples; samples that are all constant; NaN or Inf in a sample, in
@@ -187,9 +192,10 @@ def observe(
     LiftConstantsToInitializersPass(lift_all_constants=True)(network)
     placed = placement.place(network.graph)
     placement.check_weights(placed)
-    sight = _expose(network, placed)
-    _, external = onnx_files.write(network, out_dir / "augmented.onnx")
-    runner = open_model(out_dir / "augmented.onnx", threads=threads)
+    sight = _expose(network, placed, extremes=extremes)
+    weights = onnx_files.write_graph(network, out_dir / "augmented.onnx")
+    del network, placed
+    runner = open_model(out_dir / "augmented.onnx", threads=threads, weights=weights)
     inputs = _InputChecks(model)
     gathered = _Gathered(sight)
     try:
@@ -206,8 +212,7 @@ def observe(
             progress(done, len(indices))
     finally:
         runner.close()
-        for file in (out_dir / "augmented.onnx", *external):
-            file.unlink()
+        (out_dir / "augmented.onnx").unlink()
     inputs.check()
     _save(out_dir / _FILE, gathered.observed)
     return Statistics(
@@ -300,7 +305,7 @@ class _Sight:
     """Counted tensors whose axis 1 is made by one output channel of a convolution each."""
 
 
-def _expose(network: ir.Model, placed: placement.Placement) -> _Sight:
+def _expose(network: ir.Model, placed: placement.Placement, *, extremes: bool) -> _Sight:
     """Make ``network`` show what must be seen; its own outputs stay."""
     graph = network.graph
     own = tuple(graph.outputs)
@@ -317,7 +322,7 @@ def _expose(network: ir.Model, placed: placement.Placement) -> _Sight:
         output
         for node in tuple(graph)
         for output in node.outputs
-        if output.dtype == ir.DataType.FLOAT and output.name and output not in placed.root
+        if extremes and output.dtype == ir.DataType.FLOAT and output.name and output not in placed.root
     ]
     return _Sight(
         counted=tuple(str(value.name) for value in counted),
@@ -325,7 +330,7 @@ def _expose(network: ir.Model, placed: placement.Placement) -> _Sight:
         inputs=tuple(
             str(value.name)
             for value in graph.inputs
-            if value.dtype == ir.DataType.FLOAT and value not in placed.root and not value.is_initializer()
+            if extremes and value.dtype == ir.DataType.FLOAT and value not in placed.root and not value.is_initializer()
         ),
         outputs=tuple(str(value.name) for value in own if value.dtype == ir.DataType.FLOAT),
         products=frozenset(

@@ -226,8 +226,6 @@ def check_weights(placement: Placement) -> None:
     """
     for edge in placement.weights:
         check_finite(_operand(reader(edge)), edge[0])
-    for node in placement.lookups:
-        check_finite(_operand((node, 0)), node)
 
 
 def check_finite(weight: ir.Value, node: ir.Node) -> None:

@@ -135,6 +135,9 @@ def insert(
             "Export it again with a newer opset."
         )
     placement.check_weights(placed)
+    for node in placed.lookups:
+        if node.inputs[0] is not None:
+            placement.check_finite(node.inputs[0], node)
     editor = _Editor(model.graph, steps)
     notes = editor.round_weights(placed, scale_of, rest, improve)
     # Who computes in integers is asked of the graph as it was: rounding an activation hides what it is fused to.

@@ -36,7 +36,7 @@ def int8(folder: Path, proto: onnx.ModelProto, samples: Sequence[Mapping[str, Ar
     )
     return quantize(
         EngineSection(precision=Precision.INT8, rest=rest),
-        QuantizeSection(min_sqnr_db=-100),
+        QuantizeSection(min_sqnr_db=-100, split="off", method="mse", rounding="nearest"),
         model,
         statistics,
         data,

@@ -59,6 +59,8 @@ class Fake:
     timing: Mapping[frozenset[str], float] | None = None
     """Speed-up by kept layers, in the place of the sum over layers."""
     runs_here: bool = True
+    has_switches: bool = False
+    """Whether all noises can be had at once."""
     interrupt_at: int = 0
     seconds: float = 0.0
     """What a measurement takes, on a clock of its own ..."""
@@ -102,6 +104,12 @@ class Fake:
     def noise(self, engine: Engine, runner: Runner, samples: int) -> float:
         self._measure(engine, "noise")
         return self.drop(engine)
+
+    def noise_of_each(self, groups: Sequence[Group], samples: int) -> list[float] | None:
+        if not self.has_switches:
+            return None
+        self.measured.append("each alone")
+        return [sum(self.noises[name] for name in group.keep) for group in groups]
 
     def judge(self, engine: Engine, scores: Scores) -> Verdict:
         outcome = self.outcome(self.drop(engine))
@@ -201,6 +209,16 @@ def test_the_mixture_that_is_known_to_be_best_is_found_and_thinned(tmp_path: Pat
     ]  # fmt: skip
     costs = {group.keep[0]: group.macs for group in EIGHT}
     assert min(everything, key=lambda keep: sum(costs[name] for name in keep)) == BEST
+
+
+def test_noises_that_are_had_at_once_are_not_measured_one_by_one(tmp_path: Path) -> None:
+    fake = Fake(EIGHT, NOISES, has_switches=True)
+    result = found(fake, tmp_path)
+    assert result.point.keep == BEST
+    one_by_one = Fake(EIGHT, NOISES)
+    assert [point.keep for point in found(one_by_one, tmp_path / "slow").points] == [p.keep for p in result.points]
+    assert fake.measured.count("each alone") == 1
+    assert len(fake.measured) == len(one_by_one.measured) - 8 + 1
 
 
 def test_where_everything_may_be_rounded_nothing_is_measured_alone(tmp_path: Path) -> None:
