@@ -560,7 +560,7 @@ def test_the_chosen_point_is_made_again_from_the_manifest_alone(workshop: Worksh
     searched = workshop.folder / "searched.toml"
     searched.write_text(
         (workshop.folder / "points.toml").read_text()
-        + '\n[search]\nobjective = "size"\nminutes = 1\n\n[[search.budget]]\nmetric = "sqnr_db"\nmin = 44\n'
+        + '\n[search]\nobjective = "size"\nminutes = 1\n\n[[search.budget]]\nmetric = "sqnr_db"\nmin = 39.2\n'
     )
     done = workshop.run("searched.toml")
     assert done.returncode == 0, done.stderr
