@@ -121,12 +121,9 @@ class QuantizeSection(_Section, frozen=True, kw_only=True):
     method: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"
     """How ranges of activations are chosen; ``auto``: for each by the least measured error."""
     smooth: Switch = "auto"
-    """SmoothQuant; like the following: ``auto`` takes it where it helps."""
+    """SmoothQuant: ``auto`` takes it for each activation where that is expected to help."""
     split: Switch = "auto"
     """Multiply the few outlying channels of an activation in high precision, as LLM.int8() does."""
-    equalize: Switch = "auto"
-    """Cross-layer equalisation."""
-    correct_bias: Switch = "auto"
     rounding: Literal["auto", "nearest", "adaround", "gptq", "awq"] = "auto"
     """How weights are rounded. AdaRound and GPTQ choose for each weight whether up or down; AWQ scales INT4's first."""
     samples: Positive = 512

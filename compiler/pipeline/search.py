@@ -52,7 +52,7 @@ SHARE_OF_NOISE = 0.4
 SHARE_OF_TIMING = 0.15
 """This share of the time is left for latency."""
 
-NOISE_SAMPLES = 32
+NOISE_SAMPLES = 16
 
 _MOST_NOISE = 1e30
 """What stands for infinity: JSON has none."""

@@ -228,7 +228,7 @@ def _smoothed(section: QuantizeSection, flow: Flow, sources: Sources, observed: 
         if outlying(found.channels.peaks) < OUTLYING:
             continue
         mean_squares = found.channels.squares * (found.channels.peaks.size / max(found.count, 1))
-        remedy = smooth.choose(found.channels.peaks, mean_squares, np.concatenate(readers, axis=1), splitting=False)
+        remedy = smooth.choose(found.channels.peaks, mean_squares, np.concatenate(readers, axis=1), splitting="off")
         if remedy is not None:
             part += share * (1 - 10 ** (-remedy.gain_db / 10))
             names.append(site)

@@ -60,6 +60,7 @@ def convert(
         RecipeError: a pattern of ``keep`` matches nothing.
     """
     reads = _reads(model.graph)
+    uses = {node: groups.uses_per_sample(node, observed, source.samples) for node in reads} if source else {}
     prepared = prepare(model.graph, engine, section, observed)
     scale_of, notes = dict(prepared.scale_of), list(prepared.notes)
     if choose is not None:
@@ -69,7 +70,7 @@ def convert(
         scale_of |= {name: chosen[root] for name, root in roots.items() if root in chosen}
     learner = None
     if source is not None and section.rounding != "nearest":
-        learner = _learner(prepared, section.rounding, reads, observed, source)
+        learner = _learner(prepared, section.rounding, reads, uses, source)
     rounded = qdq.insert(model, prepared.placed, scale_of, rest=engine.rest, improve=learner)
     notes += rounding.summary(learner.outcomes) if learner is not None else []
     known = {**prepared.observed, **{name: prepared.observed[source] for name, source in rounded.source.items()}}
@@ -93,9 +94,8 @@ def prepare(graph: ir.Graph, engine: EngineSection, section: QuantizeSection, ob
         )
     rest = qdq.notes_on_the_rest(graph, engine.rest, everything, observed)
     smoothed = smooth.NOTHING
-    smoothing, splitting = section.smooth != "off", section.split != "off"
-    if smoothing or splitting:
-        smoothed = smooth.smooth(graph, placed, observed, smoothing=smoothing, splitting=splitting)
+    if section.smooth != "off" or section.split != "off":
+        smoothed = smooth.smooth(graph, placed, observed, smoothing=section.smooth, splitting=section.split)
     if smoothed.peaks:
         placed = placement.place(graph, keep=(*keep, *smoothed.apart), barred=masked)
     count = f"{len(placed.nodes)} of {len(everything.nodes)} layers with constant weights and "
@@ -131,14 +131,22 @@ def _reads(graph: ir.Graph) -> dict[ir.Node, Reads]:
 
 
 def _learner(
-    prepared: Prepared, how: rounding.Rounding, reads: Mapping[ir.Node, Reads], observed: Observed, source: Source
+    prepared: Prepared,
+    how: rounding.Rounding,
+    reads: Mapping[ir.Node, Reads],
+    uses: Mapping[ir.Node, float],
+    source: Source,
 ) -> Learner | None:
-    """What rounds the weights of ``prepared`` by their Gram matrices; None where ``auto`` finds these too dear."""
+    """What rounds the weights of ``prepared`` by their Gram matrices; None where ``auto`` finds these too dear.
+
+    Args:
+        uses: how often each weight of a layer is used for one sample.
+    """
     nodes = [node for node, _ in prepared.placed.weights if node in reads]
     if how == "auto":
-        rows = {reads[node]: groups.uses_per_sample(node, observed, source.samples) for node in nodes}
-        macs = sum(min(count, gram.ROWS) * one.width**2 * one.groups * source.samples for one, count in rows.items())
-        if macs > MOST_MACS:
+        rows = {reads[node]: uses[node] for node in nodes}
+        macs = sum(min(count, gram.ROWS) * one.width**2 * one.groups for one, count in rows.items())
+        if macs * source.samples > MOST_MACS:
             return None
     return Learner(prepared, how, nodes, reads, source)
 

@@ -29,6 +29,7 @@ from compiler.onnx_files import FreeNames
 from compiler.quantize import graphs, placement, thresholds
 from compiler.quantize.observe import Observed
 from compiler.quantize.placement import Placement
+from compiler.recipe import Switch
 from compiler.spec import Array
 
 STRENGTHS = tuple(round(0.5 + 0.05 * step, 2) for step in range(11))
@@ -43,6 +44,8 @@ MOST_SPLIT = 1 / 16
 
 LEAST_GAIN_OF_SPLIT_DB = 3.0
 """Beyond the best that smoothing does; and for each doubling of the channels beyond the first 1 dB more."""
+
+_ANY_GAIN_DB = 0.01
 
 _FLOOR = 1e-4
 """Channels count as at least this share of the largest, so that a dead one gets a factor that is a number."""
@@ -83,7 +86,7 @@ NOTHING = Smoothed(peaks={}, gains_db=(), split=0, apart=(), factors={})
 
 
 def smooth(
-    graph: ir.Graph, placed: Placement, observed: Observed, *, smoothing: bool = True, splitting: bool = True
+    graph: ir.Graph, placed: Placement, observed: Observed, *, smoothing: Switch = "auto", splitting: Switch = "auto"
 ) -> Smoothed:
     """Apply both remedies to activations of ``placed`` where that pays, in place; ``placed`` is void after it.
 
@@ -119,7 +122,7 @@ def smooth(
 
 
 def choose(
-    peaks: Array, mean_squares: Array, weight: Array, *, smoothing: bool = True, splitting: bool = True
+    peaks: Array, mean_squares: Array, weight: Array, *, smoothing: Switch = "auto", splitting: Switch = "auto"
 ) -> Remedy | None:
     """The remedy with the least expected error that is worth what it costs; None if there is none.
 
@@ -127,8 +130,8 @@ def choose(
         peaks: largest magnitude of each channel of the activation, [K].
         mean_squares: mean of its squares, [K].
         weight: the matrices that it is multiplied by, side by side, [K, N].
-        smoothing: whether channels may be divided.
-        splitting: whether channels may be multiplied in high precision.
+        smoothing: whether channels may be divided: never, where it is worth a Mul, or wherever the error falls at all.
+        splitting: likewise, whether channels may be multiplied in high precision.
 
     >>> peaks, weight = np.array([1.0, 1.0, 50.0]), np.array([[1.0], [1.0], [0.02]])
     >>> found = choose(peaks, peaks**2 / 3, weight)
@@ -138,11 +141,13 @@ def choose(
     before = expected_error(peaks, mean_squares, weight, np.ones(len(peaks)))
     if not before > 0:
         return None
-    factors, error = _factors(peaks, mean_squares, weight) if smoothing else (np.ones(len(peaks)), before)
-    best = (factors, error) if before / error >= _ratio(LEAST_GAIN_DB) else (np.ones(len(peaks)), before)
+    smooths, splits = smoothing != "off", splitting != "off"
+    factors, error = _factors(peaks, mean_squares, weight) if smooths else (np.ones(len(peaks)), before)
+    least_db = LEAST_GAIN_DB if smoothing == "auto" else _ANY_GAIN_DB
+    best = (factors, error) if before / error >= _ratio(least_db) else (np.ones(len(peaks)), before)
     reach = peaks * np.abs(weight).max(axis=1)
-    least_db = LEAST_GAIN_OF_SPLIT_DB
-    for count in SPLITS if splitting else ():
+    least_db = LEAST_GAIN_OF_SPLIT_DB if splitting == "auto" else _ANY_GAIN_DB
+    for count in SPLITS if splits else ():
         if count > MOST_SPLIT * len(peaks):
             break
         # By what one scale must span for them, and by what they mean for the products.
@@ -152,7 +157,7 @@ def choose(
             if not parts[0].any():
                 continue
             some, error = (
-                _factors(*parts) if smoothing else (np.ones(rest.size), expected_error(*parts, np.ones(rest.size)))
+                _factors(*parts) if smooths else (np.ones(rest.size), expected_error(*parts, np.ones(rest.size)))
             )
             if error > 0 and best[1] / error >= _ratio(least_db):
                 factors = np.full(len(peaks), np.inf)

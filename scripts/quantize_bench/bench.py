@@ -67,6 +67,28 @@ class Prepared:
         return int(self.facts["axes"].get("batch", {"opt": 1})["opt"])
 
 
+ROUNDINGS = ("adaround", "gptq")
+
+
+def _engine(case: Case, method: str) -> dict[str, object]:
+    """The fields of ``[[engines]]``, and of ``[quantize]``, that a method of ours stands for."""
+    if method == "searched":
+        return {"precision": "int8", "keep": found_by_search(case)}
+    key = "rounding" if method in ROUNDINGS else "method"
+    return {"precision": "int8", "quantize": {key: method}}
+
+
+def found_by_search(case: Case) -> list[str]:
+    """The layers that ``[search]`` left in FP32 when the case's recipe was last built here; none where it was not."""
+    for folder in (f"dist/{case.name}", f"dist/{case.name}.rejected"):
+        report = ROOT / folder / "report.json"
+        searches = json.loads(report.read_bytes()).get("searches", []) if report.exists() else []
+        for search in searches:
+            keep: list[str] = search["points"][search["chosen"]]["keep"]
+            return keep
+    return []
+
+
 class Bench:
     def __init__(self, settings: Settings, say: Any = print) -> None:
         self._settings = settings
@@ -134,9 +156,8 @@ class Bench:
     def _ours(self, case: Case, ready: Prepared, count: int, methods: Sequence[str], *, keep: bool) -> list[Row]:
         """One pass for all methods, as the pipeline does; cost is the median over repeats, files are the last run's.
         Where they are not to ``keep``, only the cost of the first method is asked for, or of every engine."""
-        engines = dict(
-            case.engines or {method: {"precision": "int8", "quantize": {"method": method}} for method in methods}
-        )
+        methods = [method for method in methods if method != "searched" or found_by_search(case)]
+        engines = dict(case.engines or {method: _engine(case, method) for method in methods})
         if not keep and case.engines is None:
             methods = methods[:1]
         options = {

@@ -314,7 +314,7 @@ def test_without_a_probe_numbers_are_not_compared_and_the_notes_say_so(tmp_path:
     original = network(tmp_path / "in")
     original = onnx_files.describe(original.path, precision=Precision.FP32, axes=AXES)
 
-    def never(path: Path, *, threads: int = 0, optimize: bool = True) -> Any:
+    def never(path: Path, *, threads: int = 0, optimize: bool = True, weights: Path | None = None) -> Any:
         pytest.fail("a model was run")
 
     result = optimize(EVERYTHING, original, open_model=never, out_dir=out)

@@ -716,6 +716,18 @@ def test_even_channels_are_left_alone() -> None:
     assert smooth.choose(np.zeros(64), np.zeros(64), weight) is None
 
 
+def test_a_remedy_may_be_asked_for_whatever_it_costs_and_forbidden_whatever_it_gains() -> None:
+    random = np.random.default_rng(0)
+    weight = random.normal(size=(128, 64))
+    slight = np.where(np.arange(128) == 3, 1.3, 1.0)
+    assert smooth.choose(slight, slight**2 / 10, weight) is None
+    assert smooth.choose(slight, slight**2 / 10, weight, smoothing="on", splitting="off") is not None
+    assert smooth.choose(slight, slight**2 / 10, weight, smoothing="off", splitting="on") is not None
+    huge = np.where(np.arange(128) == 3, 300.0, 1.0)
+    assert smooth.choose(huge, huge**2 / 10, weight) is not None
+    assert smooth.choose(huge, huge**2 / 10, weight, smoothing="off", splitting="off") is None
+
+
 def split_off(kind: str = "MatMul", bias: bool = True) -> tuple[onnx.ModelProto, list[dict[str, Array]]]:
     """Three channels that are 300 times the others and mean as much: no factor helps, since their weights are large, too."""
     net = Net(8)

@@ -88,7 +88,14 @@ def _observe(job: Job, _: str, out: Path, model: Any, data: Any) -> tuple[Any, .
     from compiler.quantize import observe
 
     statistics = observe(
-        model, data, samples=job.count, min_samples=1, open_model=open_model, threads=job.threads, out_dir=out
+        model,
+        data,
+        samples=job.count,
+        min_samples=1,
+        open_model=open_model,
+        threads=job.threads,
+        out_dir=out,
+        extremes=False,
     )
     return (statistics,)
 
