@@ -13,8 +13,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from compiler import onnx_files
+from compiler.backends.onnxruntime import open_model
 from compiler.errors import ArtifactError, ExportError
 from compiler.spec import DimRange, Precision, TensorSpec
+from tests.quantize import networks
 
 ONES = np.ones((300, 4), np.float32)
 
@@ -297,3 +299,37 @@ def test_a_folder_that_is_not_there_is_an_artifact_error(tmp_path: Path) -> None
     model = onnx_files.read(_save(tmp_path, _model()))
     with pytest.raises(ArtifactError, match=r"cannot write: No such file or directory\. Choose a folder"):
         onnx_files.write(model, tmp_path / "nowhere/model.onnx")
+
+
+def test_a_graph_is_written_without_the_weights_that_lie_in_a_file_and_runs_on_them(tmp_path: Path) -> None:
+    for name in ("model", "other"):
+        (tmp_path / name).mkdir()
+    weight = np.arange(12, dtype=np.float32).reshape(3, 4)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "net",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10),
+        tmp_path / "model" / "model.onnx",
+        save_as_external_data=True,
+        size_threshold=0,
+        location="model.onnx.data",
+    )
+    network = onnx_files.read(tmp_path / "model" / "model.onnx")
+    folder = onnx_files.write_graph(network, tmp_path / "other" / "graph.onnx")
+    assert folder == tmp_path / "model"
+    assert [file.name for file in (tmp_path / "other").iterdir()] == ["graph.onnx"]
+    x = np.array([[1, 2, 3]], np.float32)
+    runner = open_model(tmp_path / "other" / "graph.onnx", threads=1, weights=folder)
+    assert np.array_equal(runner.run({"x": x})["y"], x @ weight)
+
+
+def test_a_graph_whose_weights_are_inside_keeps_them(tmp_path: Path) -> None:
+    network = onnx_files.read(networks.save(networks.linear_map(np.eye(3)), tmp_path / "model.onnx").path)
+    assert onnx_files.write_graph(network, tmp_path / "graph.onnx") is None
+    x = np.array([[1, 2, 3]], np.float32)
+    assert np.array_equal(open_model(tmp_path / "graph.onnx", threads=1).run({"x": x})["y"], x)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from compiler.optimize import PASSES, edit
 from compiler.optimize.contract import MAX_REPEATS, Pass, apply
 from compiler.optimize.driver import interface_of, limit_bytes_for, run_passes
+from tests.quantize import networks
 
 BY_NAME = {step.name: step for step in PASSES}
 
@@ -218,6 +219,24 @@ def test_what_runtimes_compute_differently_is_left_to_them(body: str) -> None:
     kept = [node.op_type for node in model.graph if node.op_type != "Constant"]
     apply(BY_NAME["fold_constants"], model, limit_bytes_for(model))
     assert [node.op_type for node in model.graph] == kept
+
+
+@pytest.mark.parametrize(("head", "folded"), [("transpose", False), ("none", False), ("untied", True)])
+def test_a_table_that_a_head_is_tied_to_is_not_stored_twice(head: str, folded: bool) -> None:
+    proto = networks.embedding(rows=9000, head="transpose" if head == "untied" else head)  # 1.15 MB
+    if head == "untied":
+        table = next(weight for weight in proto.graph.initializer if weight.name == "table")
+        other = onnx.TensorProto()
+        other.CopyFrom(table)
+        other.name = "other"
+        proto.graph.initializer.append(other)
+        next(node for node in proto.graph.node if node.op_type == "Transpose").input[0] = "other"
+    model = ir.from_proto(proto)
+    before = edit.weights_bytes(model)
+    apply(BY_NAME["fold_constants"], model, limit_bytes_for(model))
+    assert edit.weights_bytes(model) == before
+    kept = [node.op_type for node in model.graph].count("Transpose")
+    assert kept == (0 if folded or head == "none" else 1)
 
 
 def test_nan_is_not_computed_with() -> None:
