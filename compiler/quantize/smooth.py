@@ -138,27 +138,28 @@ def choose(
     >>> (found.factors / found.factors[0]).round().tolist(), found.gain_db > 20
     ([1.0, 1.0, 50.0], True)
     """
-    before = expected_error(peaks, mean_squares, weight, np.ones(len(peaks)))
+    ones = np.ones(len(peaks))
+    products = _Products(peaks, mean_squares, np.abs(weight).astype(np.float32))
+    before = products.error(ones)
     if not before > 0:
         return None
     smooths, splits = smoothing != "off", splitting != "off"
-    factors, error = _factors(peaks, mean_squares, weight) if smooths else (np.ones(len(peaks)), before)
+    factors, error = products.best(STRENGTHS) if smooths else (ones, before)
     least_db = LEAST_GAIN_DB if smoothing == "auto" else _ANY_GAIN_DB
-    best = (factors, error) if before / error >= _ratio(least_db) else (np.ones(len(peaks)), before)
-    reach = peaks * np.abs(weight).max(axis=1)
+    best = (factors, error) if before / error >= _ratio(least_db) else (ones, before)
+    reach = peaks * products.rows
     least_db = LEAST_GAIN_OF_SPLIT_DB if splitting == "auto" else _ANY_GAIN_DB
     for count in SPLITS if splits else ():
         if count > MOST_SPLIT * len(peaks):
             break
         # By what one scale must span for them, and by what they mean for the products.
-        for order in (reach, peaks):
-            rest = np.sort(np.argsort(-order, kind="stable")[count:])
-            parts = peaks[rest], mean_squares[rest], weight[rest]
-            if not parts[0].any():
+        sets = {tuple(np.sort(np.argsort(-order, kind="stable")[count:])) for order in (reach, peaks)}
+        for kept in sorted(sets):
+            rest = np.array(kept)
+            if not peaks[rest].any():
                 continue
-            some, error = (
-                _factors(*parts) if smooths else (np.ones(rest.size), expected_error(*parts, np.ones(rest.size)))
-            )
+            part = products.of(rest)
+            some, error = part.best(STRENGTHS[::2]) if smooths else (ones[rest], part.error(ones[rest]))
             if error > 0 and best[1] / error >= _ratio(least_db):
                 factors = np.full(len(peaks), np.inf)
                 factors[rest] = some
@@ -172,20 +173,39 @@ def _ratio(db: float) -> float:
     return float(10 ** (db / 10))
 
 
-def _factors(peaks: Array, mean_squares: Array, weight: Array) -> tuple[Array, float]:
-    """Factors [K] to divide channels by, of those for `STRENGTHS` the best, or ones; and the error expected then."""
-    channel = np.maximum(peaks.astype(np.float64), peaks.max() * _FLOOR)
-    row = np.abs(weight).max(axis=1).astype(np.float64)
-    row = np.maximum(row, row.max() * _FLOOR)
-    factors = np.ones_like(channel)
-    best = expected_error(peaks, mean_squares, weight, factors)
-    for strength in STRENGTHS if best > 0 else ():
-        tried = channel**strength / row ** (1 - strength)
-        tried /= np.exp(np.log(tried).mean())
-        error = expected_error(channel, mean_squares, weight, tried)
-        if error < best:
-            best, factors = error, tried
-    return factors, best
+class _Products:
+    """What one activation [.., K] is multiplied by, as far as the expected error depends on it."""
+
+    def __init__(self, peaks: Array, mean_squares: Array, sizes: Array) -> None:
+        self._peaks, self._squares, self._sizes = peaks.astype(np.float64), mean_squares, sizes
+        self.rows: Array = sizes.max(axis=1).astype(np.float64)
+        """[K]: the largest magnitude of each row of the weight."""
+        self._row_squares = np.einsum("kn,kn->k", sizes, sizes, dtype=np.float64)
+
+    def of(self, channels: Array) -> _Products:
+        return _Products(self._peaks[channels], self._squares[channels], self._sizes[channels])
+
+    def error(self, factors: Array) -> float:
+        """See `expected_error`."""
+        activation_step = (self._peaks / factors).max() / thresholds.LEVELS
+        weight_steps = (self._sizes * factors[:, None].astype(np.float32)).max(axis=0) / thresholds.LEVELS
+        of_activation = activation_step**2 * np.sum(self._row_squares * factors**2)
+        of_weight = np.sum(weight_steps**2, dtype=np.float64) * np.sum(self._squares / factors**2)
+        return float(of_activation + of_weight) / 12
+
+    def best(self, strengths: Sequence[float]) -> tuple[Array, float]:
+        """Factors [K] to divide channels by, of those for ``strengths`` the best, or ones; and the error expected then."""
+        channel = np.maximum(self._peaks, self._peaks.max() * _FLOOR)
+        row = np.maximum(self.rows, self.rows.max() * _FLOOR)
+        factors = np.ones_like(channel)
+        least = self.error(factors)
+        for strength in strengths if least > 0 else ():
+            tried = channel**strength / row ** (1 - strength)
+            tried /= np.exp(np.log(tried).mean())
+            error = self.error(tried)
+            if error < least:
+                least, factors = error, tried
+        return factors, least
 
 
 def expected_error(peaks: Array, mean_squares: Array, weight: Array, factors: Array) -> float:
@@ -194,12 +214,7 @@ def expected_error(peaks: Array, mean_squares: Array, weight: Array, factors: Ar
     Rounding to steps of size d is noise of variance d^2 / 12. That of an activation reaches column n by way of
     W[k, n] factors[k], that of a weight by way of x[k] / factors[k].
     """
-    scaled = weight * factors[:, None]
-    activation_step = (peaks / factors).max() / thresholds.LEVELS
-    weight_steps = np.abs(scaled).max(axis=0) / thresholds.LEVELS
-    of_activation = activation_step**2 * np.sum(scaled**2)
-    of_weight = np.sum(weight_steps**2) * np.sum(mean_squares / factors**2)
-    return float(of_activation + of_weight) / 12
+    return _Products(peaks, mean_squares, np.abs(weight).astype(np.float32)).error(factors)
 
 
 def _apply(graph: ir.Graph, value: ir.Value, nodes: Sequence[ir.Node], remedy: Remedy, apart: list[ir.Node]) -> str:
