@@ -90,6 +90,11 @@ class OnnxModel:
     notes: tuple[str, ...] = ()
     """What a reader of the report should know: passes that declined, islands kept in FP32, ranges clamped."""
 
+    @property
+    def size_bytes(self) -> int:
+        """Of the file and its external data."""
+        return sum(file.stat().st_size for file in (self.path, *self.external_data))
+
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationSet:

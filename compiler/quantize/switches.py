@@ -27,6 +27,9 @@ from compiler.quantize.placement import Placement
 from compiler.recipe import EngineSection, QuantizeSection
 from compiler.spec import OnnxModel, Precision, Statistics
 
+LARGEST_BYTES = 1 << 30
+"""Of a model, for a second copy of its weights in memory to be no trouble."""
+
 
 def write(
     engine: EngineSection,
@@ -38,12 +41,13 @@ def write(
 ) -> tuple[str, ...] | None:
     """Write ``model`` with a switch for each of ``groups`` (as of `compiler.quantize.groups.groups`) to ``path``.
 
-    Returns the names of the inputs, in the order of ``groups``; None where ``engine`` is not INT8 with rounded activations.
+    Returns the names of the inputs, in the order of ``groups``; None where ``engine`` is not INT8 with rounded activations, or
+    the model larger than `LARGEST_BYTES`.
 
     Raises:
         CalibrationError: nothing is left to round, or a tensor was not observed.
     """
-    if engine.precision is not Precision.INT8 or engine.weights_only:
+    if engine.precision is not Precision.INT8 or engine.weights_only or model.size_bytes > LARGEST_BYTES:
         return None
     network = onnx_files.read(model.path)
     LiftConstantsToInitializersPass(lift_all_constants=True)(network)
