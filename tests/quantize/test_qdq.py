@@ -29,12 +29,6 @@ from tests.quantize.networks import Net, f32
 METHODS = ("minmax", "percentile", "entropy", "mse")
 
 
-@pytest.fixture
-def unsmoothed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(smooth, "LEAST_GAIN_DB", np.inf)
-    monkeypatch.setattr(smooth, "LEAST_GAIN_OF_SPLIT_DB", np.inf)
-
-
 # --- what it computes -----------------------------------------------------------------------------------------------
 
 
@@ -116,9 +110,9 @@ def test_residual_blocks_stay_in_integers_from_input_to_classifier(tmp_path: Pat
     assert readers(model, "Gemm") == ["DD-"]
 
 
-def test_a_masked_transformer_block(tmp_path: Path, unsmoothed: None) -> None:
+def test_a_masked_transformer_block(tmp_path: Path) -> None:
     proto, samples = networks.transformer_block(), networks.masked_samples(16)
-    model = Bench(tmp_path, proto, samples).quantize()
+    model = Bench(tmp_path, proto, samples).quantize(smooth="off", split="off")
     read = ["x", "mixed_flat", "norm1", "gelu"]
     axes = dict.fromkeys((f"{name}_w" for name in ("q", "k", "v", "out", "up", "down")), 1)
     rounded = expected(proto, samples, samples[3], made={}, read=read, axes=axes)
@@ -683,15 +677,14 @@ def outlying(kind: str = "MatMul") -> tuple[onnx.ModelProto, list[dict[str, Arra
     return net.model({"x": ["batch", 32]}, {"y": ["batch", 16]}), networks.normal_samples(32, 32)
 
 
-def test_outlying_channels_are_smoothed_and_that_pays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outlying_channels_are_smoothed_and_that_pays(tmp_path: Path) -> None:
     proto, samples = outlying()
     bench = Bench(tmp_path, proto, samples)
     smoothed = bench.quantize()
     assert any(
         re.fullmatch(r"smoothed .*: 1 of 1 activations, expected error \d\d dB lower", note) for note in smoothed.notes
     )
-    monkeypatch.setattr(smooth, "LEAST_GAIN_DB", np.inf)
-    plain = bench.quantize(min_sqnr_db=NONE)
+    plain = bench.quantize(smooth="off", split="off", min_sqnr_db=NONE)
     exact = outputs(bench.model, samples[0])
     assert sqnr(exact, outputs(smoothed, samples[0])) > 35
     assert sqnr(exact, outputs(plain, samples[0])) < 25
