@@ -330,7 +330,7 @@ def test_few_samples_are_taken_of_those_that_set_no_range(tmp_path: Path) -> Non
     bench.statistics = dataclasses.replace(bench.statistics, samples=12)
     ran: list[int] = []
 
-    def watched(path: Path, *, threads: int = 0, optimize: bool = True) -> Any:
+    def watched(path: Path, *, threads: int = 0, optimize: bool = True, weights: Path | None = None) -> Any:
         runner = open_model(path, threads=threads, optimize=optimize)
         run = runner.run
         runner.run = lambda feeds: ran.append(1) or run(feeds)  # type: ignore[func-returns-value,method-assign]
@@ -342,7 +342,7 @@ def test_few_samples_are_taken_of_those_that_set_no_range(tmp_path: Path) -> Non
 
 
 def test_a_model_that_the_runtime_refuses_is_said_not_to_be_explained(residual: Bench) -> None:
-    def refusing(path: Path, *, threads: int = 0, optimize: bool = True) -> Any:
+    def refusing(path: Path, *, threads: int = 0, optimize: bool = True, weights: Path | None = None) -> Any:
         raise BuildError("model.onnx: the runtime refuses it; a model that runs was expected. Export it again.")
 
     found = explained(residual, open_with=refusing)

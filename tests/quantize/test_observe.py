@@ -154,8 +154,8 @@ class Watched:
     def __init__(self) -> None:
         self.batches: list[int] = []
 
-    def __call__(self, path: Path, *, threads: int = 0, optimize: bool = True) -> Runner:
-        runner = open_model(path, threads=threads, optimize=optimize)
+    def __call__(self, path: Path, *, threads: int = 0, optimize: bool = True, weights: Path | None = None) -> Runner:
+        runner = open_model(path, threads=threads, optimize=optimize, weights=weights)
         inner = runner.run
 
         def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -358,8 +358,8 @@ def test_a_tensor_that_is_not_finite_is_named_with_its_sample(tmp_path: Path) ->
 
 
 def test_a_tensor_that_is_not_finite_only_in_a_batch_is_named_with_the_batch(tmp_path: Path) -> None:
-    def open_faulty(path: Path, *, threads: int = 0, optimize: bool = True) -> Runner:
-        runner = open_model(path, threads=threads, optimize=optimize)
+    def open_faulty(path: Path, *, threads: int = 0, optimize: bool = True, weights: Path | None = None) -> Runner:
+        runner = open_model(path, threads=threads, optimize=optimize, weights=weights)
         inner = runner.run
 
         def run(feeds: Mapping[str, Array]) -> dict[str, Array]:

@@ -241,9 +241,9 @@ class Counting:
     def __init__(self) -> None:
         self.opened = 0
 
-    def __call__(self, path: Path, *, threads: int = 0, optimize: bool = True) -> Runner:
+    def __call__(self, path: Path, *, threads: int = 0, optimize: bool = True, weights: Path | None = None) -> Runner:
         self.opened += 1
-        return open_model(path, threads=threads, optimize=optimize)
+        return open_model(path, threads=threads, optimize=optimize, weights=weights)
 
 
 def source(bench: Bench, *, opens: Any = open_model, **changes: Any) -> Source:
