@@ -115,8 +115,10 @@ def test_minilm_without_its_weights_says_how_to_install_them(tmp_path: Path, mon
 
 def test_minilm_texts_are_distinct_after_truncation(models: dict[str, ModuleType]) -> None:
     minilm = models["minilm"]
-    pairs, texts = minilm.split()
+    pairs, selecting, texts = minilm.split()
     assert (len(pairs), len(texts)) == (minilm.VALIDATION_PAIRS, minilm.CALIBRATION_TEXTS)
+    assert len(selecting) == minilm.SELECTION_PAIRS
+    assert not {pair[0] for pair in selecting} & {*texts, *(text for pair in pairs for text in pair)}
     judged = np.concatenate([feeds["input_ids"] for feeds, _ in minilm.validation()])
     (calibrating,) = (feeds["input_ids"] for feeds in minilm.calibration())
     assert len(np.unique(np.concatenate([judged, calibrating]), axis=0)) == 2 * 384 + 256
