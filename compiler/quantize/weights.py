@@ -40,8 +40,7 @@ from compiler.quantize.rounding import Layout, Outcome, Rounding
 from compiler.recipe import EngineSection, QuantizeSection
 from compiler.spec import Array, Precision
 
-TABLE_ROWS = 1024
-"""A table of fewer rows is not worth a node."""
+TABLE_ROWS = placement.TABLE_ROWS
 
 BLOCKS = (128, 64, 32, 16)
 
