@@ -125,7 +125,10 @@ class QuantizeSection(_Section, frozen=True, kw_only=True):
     split: Switch = "auto"
     """Multiply the few outlying channels of an activation in high precision, as LLM.int8() does."""
     rounding: Literal["auto", "nearest", "adaround", "gptq", "awq"] = "auto"
-    """How weights are rounded. AdaRound and GPTQ choose for each weight whether up or down; AWQ scales INT4's first."""
+    """How weights are rounded. AdaRound and GPTQ choose for each weight whether up or down; AWQ scales INT4's first.
+    ``auto`` takes what errs least on samples held out; beside rounded activations, nearest."""
+    correct_bias: Switch = "auto"
+    """Take back what rounding adds to the mean of a channel: ``auto`` for convolutions, ``on`` for products as well."""
     samples: Positive = 512
     """Use at most this many calibration samples."""
     min_samples: Positive = 16

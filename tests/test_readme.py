@@ -26,7 +26,7 @@ def _skeleton(text: str) -> list[str]:
         line = re.sub(r"\[[-\d., ]+\]", "[]", line)
         line = re.sub(r"\d[\d,.]*|n/a", "0", line)
         line = re.sub(r"^[✓=] (.{24}).*", r"\1", line)
-        line = re.sub(r"\b-0\b", "0", line)
+        line = re.sub(r"(?<!\w)-0\b", "0", line)
         line = " ".join(line.split())
         if line and not line.startswith(("build-engine: installing", "unchanged since")):
             lines.append(line)

@@ -83,11 +83,12 @@ def test_every_precision_is_built_and_proved(
         assert len(engine.profiles) == 1 + (name == "minilm")
         assert engine.axes
     products = {"minilm": 12}.get(name, 0)
+    small = {"digits": 1}.get(name, 0)  # a head of 640 weights
     assert found["fp32"] == {"fp32": layers}
     assert found["fp16"] == {"fp16": layers}
     assert found["bf16"] == {"bf16": layers}
-    assert found["int8"].items() >= {"int8": layers - products}.items()
-    assert found["int8-fp16"].items() >= {"int8": layers - products}.items()
+    assert found["int8"].items() >= {"int8": layers - products - small}.items()
+    assert found["int8-fp16"].items() >= {"int8": layers - products - small}.items()
     assert found["int8-weights"].items() >= {"fp32 x int8": layers - products}.items()
     assert found["int4"].get("fp16 x int4", 0) >= 1
     assert found["fp8"].get("fp8", 0) >= 1

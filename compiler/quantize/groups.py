@@ -45,8 +45,8 @@ def groups(model: OnnxModel, statistics: Statistics, *, keep: Sequence[str] = ()
     return tuple(
         Group(
             keep=tuple(str(node.outputs[0].name) for node in nodes),
-            macs=sum(_macs(node, observed, statistics.samples) for node in nodes),
-            weight_bytes=sum(_weight_bytes(node) for node in nodes),
+            macs=sum(macs(node, observed, statistics.samples) for node in nodes),
+            weight_bytes=sum(weight_bytes(node) for node in nodes),
         )
         for nodes in together.values()
     )
@@ -78,16 +78,12 @@ def _weight(node: ir.Node) -> tuple[int, ...]:
     return shape if placement.reader((node, 1)) == (node, 1) else shape[::-1]
 
 
-def _weight_bytes(node: ir.Node) -> int:
+def weight_bytes(node: ir.Node) -> int:
+    """In FP32."""
     return 4 * math.prod(_weight(node))
 
 
-def uses_per_sample(node: ir.Node, observed: Observed, samples: int) -> float:
-    """How often every weight of a layer is used for one sample: the rows of a product, the places of a convolution."""
-    return _macs(node, observed, samples) / math.prod(_weight(node))
-
-
-def _macs(node: ir.Node, observed: Observed, samples: int) -> float:
+def macs(node: ir.Node, observed: Observed, samples: int) -> float:
     """Every weight is used once for each row of the input, or each place of a convolution's output."""
     weight = _weight(node)
     read = observed.get(str(node.inputs[0].name)) if node.inputs[0] is not None else None

@@ -201,7 +201,7 @@ def observe(
     try:
         limit, done = 1, 0
         while done < len(indices):
-            batch = _alike(stored, indices[done : done + limit])
+            batch = alike(stored, indices[done : done + limit])
             feeds = stored.batch(batch)
             inputs.add(batch, feeds)
             seen = {**feeds, **runner.run(feeds)}
@@ -443,7 +443,7 @@ def _located(stored: Samples, batch: Sequence[int], runner: Runner, sight: _Sigh
 # --- samples --------------------------------------------------------------------------------------------------------
 
 
-def _alike(stored: Samples, indices: Sequence[int]) -> list[int]:
+def alike(stored: Samples, indices: Sequence[int]) -> list[int]:
     """The first of ``indices``, up to the first sample of another shape."""
     shapes = stored.shapes(indices[0])
     different = (place for place, index in enumerate(indices) if stored.shapes(index) != shapes)
