@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import mmap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -37,9 +38,14 @@ def read(path: Path) -> ir.Model:
         ExportError: the file is no ONNX model, the checker refuses it, external data lie outside its folder or are
             not what the model says, or its local functions expand to more than `MAX_EXPANDED_NODES` nodes.
     """
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[ir.Model, tuple[Path, ...]]:
+    """As of `read`, and the files of external data."""
     try:
         onnx.checker.check_model(str(path))
-        proto = onnx.ModelProto.FromString(path.read_bytes())
+        proto = _parse(path)
     except (onnx.checker.ValidationError, DecodeError, RuntimeError, OSError) as exc:
         raise ExportError(f"{path}: {_first_line(exc)}; a valid ONNX model was expected. Export it again.") from exc
     if proto.graph.sparse_initializer:
@@ -64,7 +70,18 @@ def read(path: Path) -> ir.Model:
     except (ir.serde.SerdeError, NotImplementedError, ValueError, TypeError) as exc:
         raise ExportError(f"{path}: {_first_line(exc)}; a valid ONNX model was expected. Export it again.") from exc
     ir.external_data.set_base_dir(model.graph, path.parent)
-    return model
+    return model, _external_files(path, proto)
+
+
+def _parse(path: Path) -> onnx.ModelProto:
+    """The file, without a copy of it in memory beside what it becomes."""
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+        memoryview(mapped) as view,
+    ):
+        proto: onnx.ModelProto = onnx.ModelProto.FromString(view)
+        return proto
 
 
 def write(model: ir.Model, path: Path, *, external_above: int = EXTERNAL_ABOVE_BYTES) -> tuple[str, tuple[Path, ...]]:
@@ -126,7 +143,10 @@ def sha256_of(path: Path, external_data: Sequence[Path] = ()) -> str:
 
 def external_files(path: Path) -> tuple[Path, ...]:
     """The files beside ``path`` that hold its tensors, sorted; whether they are safe to open is for `read` to say."""
-    proto = onnx.ModelProto.FromString(path.read_bytes())
+    return _external_files(path, _parse(path))
+
+
+def _external_files(path: Path, proto: onnx.ModelProto) -> tuple[Path, ...]:
     locations = {_external_entries(tensor).get("location", "") for tensor in _tensors(proto) if _is_external(tensor)}
     return tuple(path.parent / location for location in sorted(locations))
 
@@ -158,9 +178,8 @@ def describe(
     Raises:
         ExportError: see `read` and `specs`.
     """
-    model = read(path)
+    model, external = _read(path)
     inputs, outputs = specs(model)
-    external = external_files(path)
     return OnnxModel(
         path=path,
         sha256=sha256_of(path, external),

@@ -164,9 +164,8 @@ def test_a_child_that_dies_or_hangs_leaves_its_reason(tmp_path: Path) -> None:
 
 def test_a_stage_knows_its_own_peak_and_not_that_of_the_stage_before() -> None:
     meter = jobs.Meter()
-    with meter.stage("large"):
-        with mmap.mmap(-1, 40 << 20) as held:  # fresh pages, whatever the allocator still holds
-            held.write(b"1" * (40 << 20))
+    with meter.stage("large"), mmap.mmap(-1, 40 << 20) as held:  # fresh pages, whatever the allocator still holds
+        held.write(b"1" * (40 << 20))
     with meter.stage("small"):
         sum(range(1000))
     stages = meter.result()["stages"]

@@ -268,6 +268,11 @@ def _session(
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
     options.use_deterministic_compute = True
+    if not optimize:
+        # A weight that is dequantised on the fly is then not made before it is needed, nor kept after: GPT-2 in INT8 runs in
+        # 0.5 GB instead of 1.5, and no slower.
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
     # exp(score - mask) is a denormal number or nearly so, and arithmetic on these is many times slower.

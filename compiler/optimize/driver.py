@@ -33,6 +33,9 @@ equal, and NaN and infinity must stand where they stood."""
 _SMALLEST_SCALE = 1e-6
 """An output that is all zero is compared on this scale."""
 
+_CHUNK = 1 << 20
+"""Values that are compared together."""
+
 Interface = tuple[tuple[tuple[str, str, edit.Dims | None, bool], ...], ...]
 
 
@@ -273,14 +276,15 @@ def difference(expected: Mapping[str, Array], got: Mapping[str, Array]) -> str |
             if not np.array_equal(old, new):
                 return f"changed {int(np.sum(old != new))} of {old.size} elements of output '{name}'"
             continue
-        one, two = old.astype(np.float64), new.astype(np.float64)
-        finite = np.isfinite(one)
-        if not np.array_equal(one[~finite], two[~finite], equal_nan=True) or not np.isfinite(two[finite]).all():
-            return f"moved NaN or infinity in output '{name}'"
-        if not finite.any():
-            continue
-        largest = float(np.abs(one[finite]).max())
-        moved = float(np.abs(one[finite] - two[finite]).max()) / max(largest, _SMALLEST_SCALE)
+        largest = largest_difference = 0.0
+        for start in range(0, old.size, _CHUNK):
+            one, two = (array.reshape(-1)[start : start + _CHUNK].astype(np.float64) for array in (old, new))
+            finite = np.isfinite(one)
+            if not np.array_equal(one[~finite], two[~finite], equal_nan=True) or not np.isfinite(two[finite]).all():
+                return f"moved NaN or infinity in output '{name}'"
+            largest = max(largest, float(np.abs(one[finite]).max(initial=0.0)))
+            largest_difference = max(largest_difference, float(np.abs(one[finite] - two[finite]).max(initial=0.0)))
+        moved = largest_difference / max(largest, _SMALLEST_SCALE)
         allowed = TOLERANCES[old.dtype.name]
         if moved > allowed:
             return (

@@ -13,7 +13,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from compiler import onnx_files
 from compiler.errors import CalibrationError
-from compiler.quantize import auto, fidelity, fp8, groups, half, int8, switches, weights
+from compiler.quantize import auto, fidelity, fp8, groups, half, int8, weights
 from compiler.quantize.gram import Source
 from compiler.quantize.observe import Observed, chosen, load, observe
 from compiler.quantize.qdq import Quantised
@@ -134,7 +134,7 @@ def _round(
         proposed = auto.proposals(prepared.placed, observed, percentile=section.percentile)
         if not proposed:
             return {}, []
-        if model.size_bytes > switches.LARGEST_BYTES:
+        if model.size_bytes > auto.LARGEST_BYTES:
             return {}, [
                 f"ranges by least squared error: trying others on a model of {model.size_bytes >> 20} MiB takes too much"
             ]

@@ -34,6 +34,9 @@ FEWEST_SAMPLES = 4
 MOST_MACS = 4e11
 """Multiplications that all trials together may take; each method is tried at least once, whatever it takes."""
 
+LARGEST_BYTES = 256 << 20
+"""Of a model: trials hold it twice in FP32 in memory."""
+
 _LEAST_FALL = 0.005
 """A proposal must lower the error by this share."""
 

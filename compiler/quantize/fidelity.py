@@ -29,6 +29,9 @@ _MAKERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _CEILING_DB = 60.0
 """Above this a tensor counts as exact when losses are ranked: what falls from 120 to 60 dB explains nothing."""
 
+_CHUNK = 1 << 20
+"""Values that are looked at together."""
+
 
 @dataclass(kw_only=True)
 class Power:
@@ -40,6 +43,11 @@ class Power:
     """Values that are finite in one model and not in the other."""
 
     def add(self, reference: Array, found: Array) -> None:
+        expected, got = reference.reshape(-1), found.reshape(-1)
+        for start in range(0, expected.size, _CHUNK):
+            self._add(expected[start : start + _CHUNK], got[start : start + _CHUNK])
+
+    def _add(self, reference: Array, found: Array) -> None:
         expected, got = reference.astype(np.float64), found.astype(np.float64)
         finite = np.isfinite(expected)
         self.spoilt += int(np.count_nonzero(finite != np.isfinite(got)))
@@ -85,7 +93,7 @@ def check(
     """
     stored = Samples(data.path)
     taken, fresh = pick(len(stored), calibrated_on, SAMPLES)
-    runs = _Runs(stored=stored, open_model=open_model, threads=threads)
+    runs = _Runs(stored=stored, open_model=open_model, threads=threads, folder=out_dir)
     powers = runs.compare(original, quantised, taken, None, progress)
     which = "calibration samples that set no range" if fresh else "calibration samples"
     spoilt = {name: power.spoilt for name, power in powers.items() if power.spoilt}
@@ -129,6 +137,9 @@ class _Runs:
     stored: Samples
     open_model: OpenModel
     threads: int
+    folder: Path
+    """Where outputs wait for those of the other model: two large models, and what a runtime makes of them, are never in
+    memory together."""
 
     def compare(
         self,
@@ -140,18 +151,30 @@ class _Runs:
     ) -> dict[str, Power]:
         """Sums over ``taken`` by name in the original, of ``pairs`` (its name in the other), default: float outputs."""
         powers: dict[str, Power] = {}
-        with (
-            closing(self.open_model(original, threads=self.threads)) as reference,
+        waiting: list[tuple[Path, tuple[str, ...]]] = []
+        try:
+            with closing(self.open_model(original, threads=self.threads)) as reference:
+                for index in taken:
+                    feeds = self.stored.feeds(index)
+                    made = reference.run(feeds)
+                    shown = {name: ({**feeds, **made})[name] for name in (made if pairs is None else pairs)}
+                    shown = {name: values for name, values in shown.items() if values.dtype.kind == "f"}
+                    waiting.append((self.folder / f"expected-{index}.npz", tuple(shown)))
+                    np.savez(waiting[-1][0], *shown.values(), allow_pickle=False)
+                    progress(len(waiting), 2 * len(taken))
             # What the file means, and not what a runtime's fusions, which take axes for granted, make of it.
-            closing(self.open_model(quantised, threads=self.threads, optimize=False)) as candidate,
-        ):
-            for done, index in enumerate(taken, start=1):
-                feeds = self.stored.feeds(index)
-                expected, found = {**feeds, **reference.run(feeds)}, candidate.run(feeds)
-                for name, other in (pairs or {name: name for name in found}).items():
-                    if expected[name].dtype.kind == "f":
-                        powers.setdefault(name, Power()).add(expected[name], found[other])
-                progress(done, len(taken))
+            with closing(self.open_model(quantised, threads=self.threads, optimize=False)) as candidate:
+                for done, (index, (path, names)) in enumerate(zip(taken, waiting, strict=True), start=1):
+                    found = candidate.run(self.stored.feeds(index))
+                    with np.load(path) as expected:
+                        for place, name in enumerate(names):
+                            other = found[name if pairs is None else pairs[name]]
+                            powers.setdefault(name, Power()).add(expected[f"arr_{place}"], other)
+                    path.unlink()
+                    progress(len(taken) + done, 2 * len(taken))
+        finally:
+            for path, _ in waiting:
+                path.unlink(missing_ok=True)
         return powers
 
 
