@@ -10,6 +10,7 @@ import hashlib
 import math
 import mmap
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import onnx
@@ -133,6 +134,13 @@ def write_graph(model: ir.Model, path: Path) -> Path | None:
     except OSError as exc:
         raise from_os_error(exc, path) from exc
     return Path(folders.pop())
+
+
+def release(value: ir.Value) -> None:
+    """Unmap a constant's external data until it is read again, so that it does not stay in memory."""
+    if isinstance(value.const_value, ir.ExternalTensor):
+        with suppress(BufferError):  # somebody still looks at it
+            value.const_value.release()
 
 
 def sha256_of(path: Path, external_data: Sequence[Path] = ()) -> str:

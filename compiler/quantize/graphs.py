@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from contextlib import suppress
 
 import numpy as np
 import onnx_ir as ir
@@ -66,13 +65,6 @@ def forget_unused(graph: ir.Graph, value: ir.Value) -> bool:
         return False
     del graph.initializers[str(value.name)]
     return True
-
-
-def release(value: ir.Value) -> None:
-    """Unmap a constant's external data until it is read again, so that it does not stay in memory."""
-    if isinstance(value.const_value, ir.ExternalTensor):
-        with suppress(BufferError):  # somebody still looks at it
-            value.const_value.release()
 
 
 def like(value: ir.Value, name: str, dtype: ir.DataType) -> ir.Value:

@@ -25,6 +25,7 @@ from typing import TypeAlias
 import numpy as np
 import onnx_ir as ir
 
+from compiler import onnx_files
 from compiler.errors import CalibrationError, RecipeError
 from compiler.spec import Array
 
@@ -235,6 +236,7 @@ def check_finite(weight: ir.Value, node: ir.Node) -> None:
     """
     assert weight.const_value is not None, "only constants are placed as weights"
     bad = int(np.count_nonzero(~np.isfinite(weight.const_value.numpy())))
+    onnx_files.release(weight)
     if bad:
         raise CalibrationError(
             f"weight '{weight.name}' of {node.op_type} '{node.name}': {bad} of {weight.const_value.size} "

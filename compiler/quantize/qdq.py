@@ -15,6 +15,7 @@ from typing import TypeAlias
 import numpy as np
 import onnx_ir as ir
 
+from compiler import onnx_files
 from compiler.errors import CalibrationError
 from compiler.onnx_files import FreeNames
 from compiler.quantize import placement, thresholds
@@ -227,6 +228,7 @@ class _Editor:
                 if (weight, axis) not in stored or stored[weight, axis][1].tobytes() != scale.tobytes():
                     label = "int8" if lookup else self._steps.label.lower()
                     stored[weight, axis] = self._constant(f"{weight.name}_{label}", steps), scale
+                onnx_files.release(weight)
             name = f"{weight.name}_dequantized"
             rounded, dequantize = self._dequantize(name, *stored[weight, axis], axis)
             self._graph.insert_before(reader, dequantize)

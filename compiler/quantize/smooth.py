@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from compiler import onnx_files
 from compiler.onnx_files import FreeNames
 from compiler.quantize import graphs, placement, thresholds
 from compiler.quantize.observe import Observed
@@ -111,6 +112,9 @@ def smooth(
         remedy = choose(
             peaks_of, mean_squares, np.concatenate(weights, axis=1), smoothing=smoothing, splitting=splitting
         )
+        for node in nodes:
+            if (stored := placement.stored((node, 1))) is not None:
+                onnx_files.release(stored)
         if remedy is None:
             continue
         name = _apply(graph, value, nodes, remedy, apart)

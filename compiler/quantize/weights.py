@@ -23,12 +23,14 @@ There is no zero point, and one DequantizeLinear for all readers of a weight tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
+from compiler import onnx_files
 from compiler.onnx_files import FreeNames
 from compiler.quantize import awq, gram, graphs, opset, placement, qdq, rounding
 from compiler.quantize.formats import FP8, INT4, INT8, Steps, in_rest
@@ -46,6 +48,10 @@ BLOCKS = (128, 64, 32, 16)
 
 SHARES = (*np.linspace(0.5, 1.0, 11).tolist(), 7 / 8)
 """Of the scale at which the largest magnitude is 7 steps; at 7/8 it is 8, which only negative weights can be."""
+
+MOST_SWEPT, MOST_SOLVED = 3e11, 4e12
+"""Weights times the inputs of their layers, in all, up to which ``rounding = "auto"`` takes AdaRound after GPTQ (a minute or
+two of two cores), and up to which GPTQ alone (five); nearest above."""
 
 _CHUNK = 1 << 20
 
@@ -123,7 +129,6 @@ def convert(
         raise placement.none_left(len(possible), steps.label, kinds)
     for use in forms:
         placement.check_finite(use.weight, use.layer)
-        graphs.release(use.weight)
     raised = opset.require(model, steps.since, steps.label)
     per = f"block {engine.block}" if steps is INT4 else "one scale per output channel"
     count = f"{len(layers)} of {len(possible)} layers with constant weights"
@@ -134,9 +139,14 @@ def convert(
         tied = f" (layers that share one: {heads})" if heads else ""
         notes.append(f"embedding tables in INT8, one scale per row: {len(tables)}{tied}")
     method, why = _method(section.rounding, steps)
-    learning = _Learning(method=method if source is not None else "nearest", source=source)
+    method = method if source is not None else "nearest"
+    stores, known = _stores(forms, learned=method != "nearest"), dict(observed)
+    if method == "auto":
+        sizes = [math.prod(store.shape) * store.reads[0].width for store in stores if store.reads]
+        method, more = _affordable(sum(sizes))
+        why += more
+    learning = _Learning(method=method, source=source)
     notes += why
-    stores, known = _stores(forms, learned=learning.method != "nearest"), dict(observed)
     if learning.method == "awq" and source is not None:
         notes += _scale_inputs(graph, stores, engine.rest, source, known)
     notes += _round(graph, stores, engine.rest, learning)
@@ -156,6 +166,21 @@ def _method(asked: Rounding, steps: Steps) -> tuple[Rounding, list[str]]:
     if asked == "adaround" and not steps.dtype.is_integer():
         return "nearest", [f"AdaRound is for integers alone: {steps.label} weights are rounded to nearest"]
     return asked, []
+
+
+def _affordable(products: float) -> tuple[Rounding, list[str]]:
+    """What ``auto`` comes to where one sweep over all weights takes so many multiplications, and a note on what it leaves out.
+
+    >>> _affordable(1e10), _affordable(1e14)[0]
+    (('auto', []), 'nearest')
+    """
+    if products <= MOST_SWEPT:
+        return "auto", []
+    if products <= MOST_SOLVED:
+        return "gptq", ["weights rounded by GPTQ alone: AdaRound after it would take long on a model of this size"]
+    return "nearest", [
+        "weights rounded to nearest: GPTQ would take long on a model of this size; rounding = 'gptq' insists"
+    ]
 
 
 def _uses(graph: ir.Graph, *, keep: Collection[ir.Node] = ()) -> list[_Use]:
@@ -292,6 +317,11 @@ class _Store:
         groups = self.reads[0].groups if self.reads else 1
         return Layout(channels=self.uses[0].channels, block=self.form.block, groups=groups)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        assert self.weight.const_value is not None, "a weight is a constant"
+        return tuple(self.weight.const_value.shape.numpy())
+
     def values(self) -> Array:
         assert self.weight.const_value is not None, "a weight is a constant"
         return self.weight.const_value.numpy()
@@ -327,7 +357,7 @@ def _round(graph: ir.Graph, stores: Sequence[_Store], rest: str, learning: _Lear
         graph.insert_before(min((node for node, _ in readers), key=order.__getitem__), dequantize)
         for node, index in dict.fromkeys(readers):
             node.replace_input_with(index, output)
-        graphs.release(weight)
+        onnx_files.release(weight)
     for weight in dict.fromkeys(store.weight for store in stores):
         graphs.forget_unused(graph, weight)
     return [*notes, *rounding.summary(outcomes)]
