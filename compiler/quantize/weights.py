@@ -49,9 +49,9 @@ BLOCKS = (128, 64, 32, 16)
 SHARES = (*np.linspace(0.5, 1.0, 11).tolist(), 7 / 8)
 """Of the scale at which the largest magnitude is 7 steps; at 7/8 it is 8, which only negative weights can be."""
 
-MOST_SWEPT, MOST_SOLVED = 3e11, 4e12
-"""Weights times the inputs of their layers, in all, up to which ``rounding = "auto"`` takes AdaRound after GPTQ (a minute or
-two of two cores), and up to which GPTQ alone (five); nearest above."""
+MOST_SWEPT, MOST_SOLVED = 3e11, 1e12
+"""Weights times the inputs of their layers, in all, up to which ``rounding = "auto"`` takes AdaRound after GPTQ (some
+minutes of two cores), and up to which GPTQ alone; nearest above."""
 
 _CHUNK = 1 << 20
 

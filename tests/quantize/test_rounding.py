@@ -513,6 +513,17 @@ def test_the_same_run_writes_the_same_bytes(tmp_path: Path, method: str) -> None
     assert made[0] == made[1]
 
 
+def test_auto_takes_no_longer_than_it_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, _ = block_bench(tmp_path, width=32)
+    nearest, gptq = (bench.quantize(rounding=method, **INT4_ENGINE) for method in ("nearest", "gptq"))
+    monkeypatch.setattr(weights, "MOST_SWEPT", 1.0)
+    assert bench.quantize(rounding="auto", **INT4_ENGINE).sha256 == gptq.sha256
+    monkeypatch.setattr(weights, "MOST_SOLVED", 1.0)
+    model = bench.quantize(rounding="auto", **INT4_ENGINE)
+    assert model.sha256 == nearest.sha256
+    assert any(note.startswith("weights rounded to nearest: GPTQ would take long") for note in model.notes)
+
+
 @pytest.mark.parametrize("engine", [INT4_ENGINE, INT8_ENGINE], ids=["int4", "int8"])
 def test_nearest_gathers_nothing_and_is_what_was_there_before(
     tmp_path: Path, engine: dict[str, Any], monkeypatch: pytest.MonkeyPatch
