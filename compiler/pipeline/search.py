@@ -6,8 +6,9 @@
    independent roundings add up, so groups are kept in the order of noise per millisecond (or byte) that keeping saves:
    the greedy solution of a knapsack, as in Hessian-aware mixed precision, but with measured noise in place of a Hessian
    (Dong et al. 2020, HAWQ-V2, arXiv:1911.03852; Nagel et al. 2021, section 3.4, arXiv:2106.08295).
-3. The shortest beginning of that order that keeps within the budget is found by bisection, and then thinned: groups that
-   turn out not to be needed go back to the narrow format.
+3. The shortest beginning of that order that keeps within the budget is found by bisection, begun where noise that adds up
+   and losses that are proportional to it would have it, and then thinned: groups that turn out not to be needed go back to
+   the narrow format.
 4. What is worth it is timed, interleaved, on the real back end, and the fastest that keeps within the budget is chosen;
    if it is not faster than FP32, FP32 is.
 
@@ -56,6 +57,10 @@ NOISE_SAMPLES = 16
 
 _MOST_NOISE = 1e30
 """What stands for infinity: JSON has none."""
+
+_MARGIN = 0.9
+"""A mixture is expected to keep within the budget with this share of the noise that it tolerates: the budget is to be kept with
+confidence."""
 
 TIMED = 6
 """Points that are timed, FP32 and the chosen among them."""
@@ -200,7 +205,7 @@ def _search(label: str, groups: Sequence[Group], rivals: Sequence[Precision], ru
     if best is None:
         order, more = run.ranked(groups, base)
         notes += more
-        best = run.shortest(order)
+        best = run.shortest(order, base)
         if best is not None:
             best = run.thinned(best, order)
     run.time_finalists(plain, base, best)
@@ -241,6 +246,8 @@ class _Run:
         self.left_out = ""
         self._workshop = workshop
         self._progress = progress
+        self._alone: dict[Group, float] = {}
+        """The noise that rounding a group alone leaves."""
         self._limit_s = 60 * section.minutes
         self._longest_s = 0.0
 
@@ -351,8 +358,9 @@ class _Run:
             if missing:
                 notes.append(f"no time was left to measure the noise of {missing} of {len(groups)} groups alone")
         usual = base.noise / len(groups)
+        self._alone = {group: noise.get(group, usual) for group in groups}
         saved = {group: group.weight_bytes if self.section.objective == "size" else group.macs for group in groups}
-        return sorted(groups, key=lambda group: -noise.get(group, usual) / max(saved[group], 1.0)), notes
+        return sorted(groups, key=lambda group: -self._alone[group] / max(saved[group], 1.0)), notes
 
     def _noise_one_by_one(self, groups: Sequence[Group]) -> dict[Group, float]:
         everything = frozenset(name for group in groups for name in group.keep)
@@ -373,21 +381,47 @@ class _Run:
 
         return float(self._measured(json.dumps(["alone", sorted(group.keep)]), measure))
 
-    def shortest(self, order: Sequence[Group]) -> _Tried | None:
+    def shortest(self, order: Sequence[Group], base: _Tried) -> _Tried | None:
         """Of the mixtures that keep a beginning of ``order``, the shortest within the budget; None if none was found."""
-        best = None
-        low, high = 1, len(order) - 1
+        best, last = None, base
+        low, high, guess = 1, len(order) - 1, True
         while low <= high:
             if self.out_of_time:
                 self.left_out = "the shortest list of kept layers was found"
                 break
-            middle = (low + high) // 2
-            tried = self.mixture(_names(order[:middle]))
-            if self.within(tried):
-                best, high = tried, middle - 1
+            middle = self._expected(order, base, last, low, high) if guess else (low + high) // 2
+            guess = not guess  # a guess may be off by one for ever, a half is not
+            last = self.mixture(_names(order[:middle]))
+            if self.within(last):
+                best, high = last, middle - 1
             else:
                 low = middle + 1
         return best
+
+    def _expected(self, order: Sequence[Group], base: _Tried, last: _Tried, low: int, high: int) -> int:
+        """Where the budget would be kept if what a mixture loses were proportional to its noise, as 1 - cosine is."""
+        spent = self._spent(last)
+        if not (math.isfinite(spent) and spent > 0 and base.noise < _MOST_NOISE):
+            return (low + high) // 2
+        tolerable, everything = last.noise / spent, sum(self._alone[group] for group in order)
+        for count in range(low, high):
+            left = sum(self._alone[group] for group in order[count:])
+            if base.noise * left / max(everything, 1e-300) <= tolerable * _MARGIN:
+                return count
+        return high
+
+    def _spent(self, tried: _Tried) -> float:
+        """What a mixture loses against FP32, as a share of what the budget allows: the largest of all its limits."""
+        exact = next(iter(self.tried.values())).measured
+        shares = [0.0]
+        for gate in self.budget:
+            old, new = exact.get(gate.metric), tried.measured.get(gate.metric)
+            limit = gate.min if gate.min is not None else gate.max
+            if old is None or new is None:
+                return math.nan
+            allowed = gate.max_drop if gate.max_drop is not None else abs(old - (limit or 0.0))
+            shares.append(abs(old - new) / allowed if allowed > 0 else math.inf)
+        return max(shares)
 
     def thinned(self, best: _Tried, order: Sequence[Group]) -> _Tried:
         """``best`` without the groups that it need not keep, those tried first that cost most to keep."""

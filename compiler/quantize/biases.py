@@ -36,9 +36,9 @@ from compiler.quantize.observe import alike, chosen
 from compiler.recipe import Switch
 from compiler.spec import Array, batch_axis
 
-SAMPLES = 32
+SAMPLES = 16
 
-MOST_MACS = 2e11
+MOST_MACS = 7e10
 """Multiplications that the run may take; fewer than `FEWEST_SAMPLES` are not worth it."""
 
 FEWEST_SAMPLES = 4

@@ -208,7 +208,7 @@ def observe(
             if bad := gathered.add(seen):
                 raise _located(stored, batch, runner, sight, bad)
             done += len(batch)
-            limit = _batch_limit(model, sum(seen[name].nbytes for name in sight.counted) // len(batch))
+            limit = _batch_limit(model, sum(values.nbytes for values in seen.values()) // len(batch))
             progress(done, len(indices))
     finally:
         runner.close()

@@ -155,11 +155,11 @@ class Bench:
 
     def _ours(self, case: Case, ready: Prepared, count: int, methods: Sequence[str], *, keep: bool) -> list[Row]:
         """One pass for all methods, as the pipeline does; cost is the median over repeats, files are the last run's.
-        Where they are not to ``keep``, only the cost of the first method is asked for, or of every engine."""
+        Where they are not to ``keep``, only the cost of the first two methods is asked for, or of every engine."""
         methods = [method for method in methods if method != "searched" or found_by_search(case)]
         engines = dict(case.engines or {method: _engine(case, method) for method in methods})
         if not keep and case.engines is None:
-            methods = methods[:1]
+            methods = methods[:2]
         options = {
             "axes": ready.facts["axes"],
             "probe": str(ready.folder / "probe.npz"),

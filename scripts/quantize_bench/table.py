@@ -80,7 +80,7 @@ def of_stages(rows: Sequence[Row]) -> str:
             shown(stage["peak_mib"] * GB_PER_MIB if "peak_mib" in stage else None, "{:.2f}"),
         ]
         for row in sorted(rows, key=lambda row: (row.method, row.count))
-        if row.tool == "ours" and row.method in ("auto", "int8", "int4")
+        if row.tool == "ours" and row.method in ("auto", "mse", "int8", "int4")
         for name, stage in row.stages.items()
         if name != "source"
     ]

@@ -174,8 +174,8 @@ def test_batches_grow_to_the_optimum_of_the_axis_and_no_further(tmp_path: Path) 
 
 def test_batches_shrink_to_what_memory_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched()
-    # x, r and f: 32, 64 and 64 floats a sample, 640 bytes; r and f hold the same.
-    monkeypatch.setattr(sys.modules[measure.__module__], "FETCH_BYTES", 2 * 640)
+    # x, r and f, 32, 64 and 64 floats a sample, and what is small: less than 700 bytes.
+    monkeypatch.setattr(sys.modules[measure.__module__], "FETCH_BYTES", 2 * 700)
     run(tmp_path, exact(), whole_numbers(6), opt=64, open_model=watched)
     assert watched.batches == [1, 2, 2, 1]
 
