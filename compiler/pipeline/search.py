@@ -53,7 +53,8 @@ SHARE_OF_NOISE = 0.4
 SHARE_OF_TIMING = 0.15
 """This share of the time is left for latency."""
 
-NOISE_SAMPLES = 16
+NOISE_SAMPLES, NOISE_SAMPLES_ALONE = 16, 6
+"""Samples for the noise of a mixture, and for that of each group alone, which only ranks them."""
 
 _MOST_NOISE = 1e30
 """What stands for infinity: JSON has none."""
@@ -258,10 +259,15 @@ class _Run:
         """Whether another measurement would leave too little for latency."""
         return self.journal.spent_s + self._longest_s > self._limit_s * (1 - SHARE_OF_TIMING)
 
-    def _measured(self, key: str, make: Callable[[], Any]) -> Any:
+    def _measured(self, key: str, make: Callable[[], Any], *, usual: bool = True) -> Any:
+        """
+        Args:
+            usual: whether the next measurement may take as long.
+        """
         before = self.journal.spent_s
         value = self.journal.fetch(key, make)
-        self._longest_s = max(self._longest_s, self.journal.spent_s - before)
+        if usual:
+            self._longest_s = max(self._longest_s, self.journal.spent_s - before)
         self._progress(min(int(self.journal.spent_s), int(self._limit_s)), int(self._limit_s))
         return value
 
@@ -346,7 +352,9 @@ class _Run:
         together = None
         if not self.out_of_time:
             key = json.dumps(["each alone", [sorted(group.keep) for group in groups]])
-            together = self._measured(key, lambda: self._workshop.noise_of_each(groups, NOISE_SAMPLES))
+            together = self._measured(
+                key, lambda: self._workshop.noise_of_each(groups, NOISE_SAMPLES_ALONE), usual=False
+            )
         notes = []
         if together is not None:
             noise = {group: min(found, _MOST_NOISE) for group, found in zip(groups, together, strict=True)}
