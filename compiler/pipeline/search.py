@@ -53,7 +53,7 @@ SHARE_OF_NOISE = 0.4
 SHARE_OF_TIMING = 0.15
 """This share of the time is left for latency."""
 
-NOISE_SAMPLES, NOISE_SAMPLES_ALONE = 16, 6
+NOISE_SAMPLES, NOISE_SAMPLES_ALONE = 16, 12
 """Samples for the noise of a mixture, and for that of each group alone, which only ranks them."""
 
 _MOST_NOISE = 1e30
@@ -63,7 +63,7 @@ _MARGIN = 0.9
 """A mixture is expected to keep within the budget with this share of the noise that it tolerates: the budget is to be kept with
 confidence."""
 
-TIMED = 6
+TIMED = 4
 """Points that are timed, FP32 and the chosen among them."""
 
 
