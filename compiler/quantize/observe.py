@@ -450,11 +450,16 @@ def alike(stored: Samples, indices: Sequence[int]) -> list[int]:
     return list(indices[: next(different, len(indices))])
 
 
-def _batch_limit(model: OnnxModel, bytes_per_sample: int) -> int:
+def largest_batch(model: OnnxModel) -> int:
+    """How many samples ``model`` takes together: the optimum of its batch axis, 1 where it has none."""
     axis = batch_axis(model.inputs)
     if axis is None or axis not in model.axes or any(axis not in spec.shape for spec in model.inputs):
         return 1
-    return max(1, min(model.axes[axis].opt, FETCH_BYTES // max(bytes_per_sample, 1)))
+    return max(1, model.axes[axis].opt)
+
+
+def _batch_limit(model: OnnxModel, bytes_per_sample: int) -> int:
+    return max(1, min(largest_batch(model), FETCH_BYTES // max(bytes_per_sample, 1)))
 
 
 class _InputChecks:

@@ -118,6 +118,19 @@ def test_a_shared_bias_is_corrected_for_its_layer_alone(tmp_path: Path) -> None:
     assert open_model(model.path, threads=1).run(samples[0])["other"].tolist() == [[0.5]]
 
 
+def test_a_layer_whose_outliers_are_multiplied_apart_is_left_alone(tmp_path: Path) -> None:
+    """What it makes is then not all of what it made: the difference is no error."""
+    net = Net()
+    net.linear("x", "y", (160, 16))
+    samples = networks.normal_samples(32, 4, 160)
+    for sample in samples:
+        sample["x"][..., :4] = 60 * sample["x"][..., :4] + 200
+    bench = Bench(tmp_path, net.model({"x": ["batch", 4, 160]}, {"y": ["batch", 4, 16]}), samples)
+    plain, on = (bench.quantize(smooth="off", split="on", correct_bias=how) for how in ("off", "on"))
+    assert any("with channels in high precision" in note for note in plain.notes)
+    assert on.sha256 == plain.sha256
+
+
 def test_the_planted_fault_of_a_sign_is_worse_than_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = [{"x": np.abs(sample["x"])} for sample in networks.normal_samples(48, 3, 16, 16)]
     bench = Bench(tmp_path, networks.residual(), samples[:32])
