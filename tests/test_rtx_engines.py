@@ -54,7 +54,8 @@ def built(name: str, tmp_path: Path, *overrides: str) -> dict[str, Engine]:
     asked = msgspec.structs.replace(asked, search=None)  # it times engines, which cannot run here
     with Store.temporary() as store:
         whole = plan.make(asked, source.locate(asked, path.parent), machine={}, memo=store.memo)
-        steps = tuple(s for s in whole.steps if s.stage not in ("reference", "stand_in", "accuracy", "latency"))
+        unasked = ("reference", "explain", "stand_in", "accuracy", "latency")
+        steps = tuple(s for s in whole.steps if s.stage not in unasked)
         wanted = plan.Plan(steps=steps, run_key=whole.run_key)
         finished = run.execute(wanted, asked, path.parent, store, run.Unwatched(), threads=1, keep_going=False)
         return {id.removeprefix("build:"): value for id, value in finished.values.items() if id.startswith("build:")}

@@ -373,8 +373,8 @@ def test_products_of_two_activations_are_counted(block: OnnxModel) -> None:
 
 def test_samples_that_set_no_range_are_preferred_for_the_comparison(tmp_path: Path) -> None:
     bench = Bench(tmp_path, networks.convolution(), networks.normal_samples(30, 4, 8, 8))
-    bench.statistics = replace(bench.statistics, samples=20)
-    assert bench.quantize().notes[-1].startswith("SQNR against FP32 on 10 calibration samples that set no range: y ")
+    bench.statistics = replace(bench.statistics, samples=24)
+    assert bench.quantize().notes[-1].startswith("SQNR against FP32 on 6 calibration samples that set no range: y ")
 
 
 # --- keep -----------------------------------------------------------------------------------------------------------
@@ -511,7 +511,7 @@ def test_an_output_that_is_finite_in_one_model_only_is_refused(tmp_path: Path, m
     net.op("Exp", ["l"], "y")
     proto = net.model({"x": ["batch", 8]}, {"y": ["batch", 8], "l": ["batch", 8]})
     assert re.fullmatch(
-        r"output 'l': \d+ values on 16 calibration samples are finite in one of the FP32 and the quantised model and not "
+        r"output 'l': \d+ values on 8 calibration samples are finite in one of the FP32 and the quantised model and not "
         r"in the other; finite values were expected. Keep layers in high precision \(engines.keep\).",
         Bench(tmp_path, proto, networks.normal_samples(16, 8)).refusal(),
     )
@@ -807,7 +807,7 @@ def test_an_fp16_model_says_how_close_it_is(tmp_path: Path) -> None:
     bench = Bench(tmp_path, networks.transformer_block(), networks.masked_samples(16))
     model = bench.quantize(precision=Precision.FP16)
     assert model.precision is Precision.FP16
-    assert re.fullmatch(r"SQNR against FP32 on 16 calibration samples: y [67]\d\.\d dB", model.notes[-1])
+    assert re.fullmatch(r"SQNR against FP32 on 8 calibration samples: y [67]\d\.\d dB", model.notes[-1])
 
 
 def test_a_bf16_model_is_written_without_being_run(tmp_path: Path) -> None:
@@ -827,7 +827,7 @@ def test_the_ratio_of_a_model_without_float_outputs_is_not_measured(tmp_path: Pa
     assert bench.quantize().notes[-1] == "the quantised model has no float output: its SQNR was not measured"
 
 
-def test_the_ratio_counts_at_most_16_samples(tmp_path: Path) -> None:
-    assert fidelity.SAMPLES == 16
+def test_the_ratio_counts_at_most_8_samples(tmp_path: Path) -> None:
+    assert fidelity.SAMPLES == 8
     bench = Bench(tmp_path, networks.convolution(), networks.normal_samples(40, 4, 8, 8))
-    assert bench.quantize().notes[-1].startswith("SQNR against FP32 on 16 calibration samples: y ")
+    assert bench.quantize().notes[-1].startswith("SQNR against FP32 on 8 calibration samples: y ")
