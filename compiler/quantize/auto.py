@@ -37,8 +37,9 @@ MOST_MACS = 4e11
 LARGEST_BYTES = 256 << 20
 """Of a model: trials hold it twice in FP32 in memory."""
 
-_LEAST_FALL = 0.005
-"""A proposal must lower the error by this share."""
+_LEAST_FALL = 0.03
+"""A proposal must lower the error by this share: less is as likely chance of the few samples. Measured on the digits network, on
+samples that chose nothing: 0.2 to 0.3 dB better than with 0.005, which fell behind ``mse`` for all."""
 
 _SAME = 0.02
 """Scales that differ by less are one proposal."""
