@@ -19,6 +19,9 @@ MOVERS = frozenset(
 )
 """Operators that compute nothing: they take over the precision around them."""
 
+COPIED_BYTES = 1 << 30
+"""Of a model, for a second copy of its weights in memory to be no trouble."""
+
 
 def is_float(value: ir.Value | None) -> bool:
     return value is not None and isinstance(value.type, ir.TensorType) and value.dtype == ir.DataType.FLOAT

@@ -134,12 +134,11 @@ def _small_products(everything: Placement, observed: Observed) -> list[ir.Node]:
     """Matrix products that cost next to nothing: INT8 could only lose."""
     macs = {node: groups.macs(node, observed, samples=1) for node in everything.nodes}
     sizes = {node: groups.weight_bytes(node) for node in everything.nodes}
+    least_macs, least_bytes = SMALL_SHARE_OF_MACS * sum(macs.values()), SMALL_SHARE_OF_WEIGHTS * sum(sizes.values())
     return [
         node
         for node in everything.nodes
-        if node.op_type in placement.PRODUCTS
-        and macs[node] < SMALL_SHARE_OF_MACS * sum(macs.values())
-        and sizes[node] < SMALL_SHARE_OF_WEIGHTS * sum(sizes.values())
+        if node.op_type in placement.PRODUCTS and macs[node] < least_macs and sizes[node] < least_bytes
     ]
 
 

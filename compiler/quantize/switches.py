@@ -27,9 +27,6 @@ from compiler.quantize.placement import Placement
 from compiler.recipe import EngineSection, QuantizeSection
 from compiler.spec import OnnxModel, Precision, Statistics
 
-LARGEST_BYTES = 1 << 30
-"""Of a model, for a second copy of its weights in memory to be no trouble."""
-
 
 def write(
     engine: EngineSection,
@@ -42,12 +39,12 @@ def write(
     """Write ``model`` with a switch for each of ``groups`` (as of `compiler.quantize.groups.groups`) to ``path``.
 
     Returns the names of the inputs, in the order of ``groups``; None where ``engine`` is not INT8 with rounded activations, or
-    the model larger than `LARGEST_BYTES`.
+    the model larger than `graphs.COPIED_BYTES`.
 
     Raises:
         CalibrationError: nothing is left to round, or a tensor was not observed.
     """
-    if engine.precision is not Precision.INT8 or engine.weights_only or model.size_bytes > LARGEST_BYTES:
+    if engine.precision is not Precision.INT8 or engine.weights_only or model.size_bytes > graphs.COPIED_BYTES:
         return None
     network = onnx_files.read(model.path)
     LiftConstantsToInitializersPass(lift_all_constants=True)(network)

@@ -9,7 +9,7 @@ among `SHARES` of the one that the largest magnitude asks for: a few clipped wei
 Source: Choukroun et al. 2019, Low-bit Quantization of Neural Networks for Efficient Inference, section 3
 (arXiv:1902.06822). On normal weights it gains 0.9 dB over the largest magnitude.
 
-Embedding tables (a Gather of whole rows from more than `TABLE_ROWS`) are INT8 with a scale per row in each of these
+Embedding tables (a Gather of whole rows from more than `placement.TABLE_ROWS`) are INT8 with a scale per row in each of these
 formats: rows are where scales differ, INT8 is 11 dB finer than FP8 at the same size, and the table is often most of a
 small model. The DequantizeLinear stands before the Gather: TensorRT refuses any other reader of an INT8 constant, and
 fuses the two, so that only the rows looked up are scaled. A head tied to its table, Gemm or Transpose and MatMul, reads
@@ -41,8 +41,6 @@ from compiler.quantize.qdq import Quantised
 from compiler.quantize.rounding import Layout, Outcome, Rounding
 from compiler.recipe import EngineSection, QuantizeSection
 from compiler.spec import Array, Precision
-
-TABLE_ROWS = placement.TABLE_ROWS
 
 BLOCKS = (128, 64, 32, 16)
 
@@ -230,7 +228,7 @@ def _looks_up(node: ir.Node) -> bool:
     if node.op_type != "Gather" or (axis is not None and axis.as_int() not in (0, -2)):
         return False
     shape = _shape(node.inputs[0])
-    return shape is not None and shape[0] > TABLE_ROWS
+    return shape is not None and shape[0] > placement.TABLE_ROWS
 
 
 def _shape(value: ir.Value | None) -> tuple[int, int] | None:
