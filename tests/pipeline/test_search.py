@@ -221,6 +221,25 @@ def test_noises_that_are_had_at_once_are_not_measured_one_by_one(tmp_path: Path)
     assert len(fake.measured) == len(one_by_one.measured) - 8 + 1
 
 
+def test_where_losses_are_proportional_to_noise_the_first_mixture_keeps_within_the_budget(tmp_path: Path) -> None:
+    """32 alike, of which 4 may be rounded with a tenth to spare: halving would begin with 16."""
+    alike = groups(**{f"layer{place:02}": (100.0, 400) for place in range(32)})
+    result = found(Fake(alike, {group.keep[0]: 0.02 for group in alike}, has_switches=True), tmp_path)
+    first = result.points[2]
+    assert (first.kept_layers, first.within) == (28, True)
+
+
+def test_one_long_measurement_does_not_end_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(Fake):
+        def noise_of_each(self, groups: Sequence[Group], samples: int) -> list[float] | None:
+            self.clock += 50.0
+            return super().noise_of_each(groups, samples)
+
+    fake = Slow(EIGHT, NOISES, has_switches=True, seconds=1.0)
+    monkeypatch.setattr(time, "monotonic", lambda: fake.clock)
+    assert found(fake, tmp_path, minutes=1.5).point.keep == BEST
+
+
 def test_where_everything_may_be_rounded_nothing_is_measured_alone(tmp_path: Path) -> None:
     fake = Fake(EIGHT, dict.fromkeys(NOISES, 0.001))
     result = found(fake, tmp_path)
