@@ -323,3 +323,13 @@ def test_a_folder_is_held_by_one_process_at_a_time(tmp_path: Path) -> None:
     assert again is not None
     os.close(again)
     assert durable.hold_folder(tmp_path / "missing") is None
+
+
+def test_a_folder_that_goes_while_it_is_being_locked_is_not_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: there(path) or path.name == "going")  # a look just before it went
+    monkeypatch.setattr("fcntl.flock", lambda *_: (tmp_path / "going").rmdir())
+    (tmp_path / "going").mkdir()
+    assert durable.hold_folder(tmp_path / "going") is None
