@@ -111,6 +111,11 @@ class EngineSection(_Section, frozen=True, kw_only=True):
     def label(self) -> str:
         return self.name or self.precision.value
 
+    @property
+    def ranged(self) -> bool:
+        """Whether activations are rounded to a range that calibration chooses: others take the whole range, or none."""
+        return self.precision is Precision.INT8 and not self.weights_only
+
 
 Switch: TypeAlias = Literal["auto", "on", "off"]
 
@@ -120,6 +125,8 @@ class QuantizeSection(_Section, frozen=True, kw_only=True):
 
     method: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"
     """How ranges of activations are chosen; ``auto``: for each by the least measured error."""
+    activations: Literal["auto", "symmetric", "asymmetric"] = "auto"
+    """Whether the ranges of activations are centred on zero, as TensorRT asks; ``auto``: where the back end asks it."""
     smooth: Switch = "auto"
     """SmoothQuant: ``auto`` takes it for each activation where that is expected to help."""
     split: Switch = "auto"

@@ -6,20 +6,26 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
+
 from compiler.backends import onnxruntime, tensorrt
 from compiler.errors import BackendUnavailableError, RecipeError
-from compiler.recipe import EngineSection, TensorRTSection
+from compiler.recipe import EngineSection, QuantizeSection, TensorRTSection
 from compiler.spec import Engine, OnnxModel, Platform, Precision, Progress, Runner, no_progress
 
 
 class Backend(Protocol):
-    """What a member of `NAMES` offers. The first five load nothing heavy."""
+    """What a member of `NAMES` offers. The first six load nothing heavy."""
 
     @property
     def NAME(self) -> str: ...  # noqa: N802
 
     @property
     def PRECISIONS(self) -> frozenset[Precision]: ...  # noqa: N802
+
+    @property
+    def ZERO_POINTS(self) -> bool:  # noqa: N802
+        """Whether it takes activations whose zero point is not 0."""
 
     def unavailable(self) -> str | None:
         """Why this back end cannot build here and what to do, or None where it can. Never raises."""
@@ -112,6 +118,24 @@ def choose(engine: EngineSection, section: TensorRTSection | None = None) -> tup
             return name, "; ".join([f"{name}: the first whose engines run here", *refusals])
         refusals.append(f"{name}: {refusal}")
     raise BackendUnavailableError(f"engine '{engine.label}': no back end can be used: {'; '.join(refusals)}.")
+
+
+def decided(section: QuantizeSection, engine: EngineSection, name: str) -> QuantizeSection:
+    """``section`` without ``activations = "auto"``: decided for ``engine``, which the back end of that name builds.
+
+    Raises:
+        RecipeError: it asks for ranges that this back end does not take.
+    """
+    if not engine.ranged:
+        return section
+    takes = get(name).ZERO_POINTS
+    if section.activations == "asymmetric" and not takes:
+        raise RecipeError(
+            f"quantize.activations: engine '{engine.label}', backend '{name}', does not take \"asymmetric\": zero points must "
+            'be 0. Write "auto", or "symmetric".'
+        )
+    auto = "asymmetric" if takes else "symmetric"
+    return msgspec.structs.replace(section, activations=auto if section.activations == "auto" else section.activations)
 
 
 def _refusal(engine: EngineSection, name: str) -> str | None:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 NAME = "onnxruntime"
 PRECISIONS = frozenset(Precision)
+ZERO_POINTS = True
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"

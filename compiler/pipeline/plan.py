@@ -179,7 +179,7 @@ def make(
 
     Raises:
         BackendUnavailableError: an engine names a back end that this machine lacks.
-        RecipeError: an engine names one that does not take an option of ``[tensorrt]``.
+        RecipeError: an engine names one that does not take an option of ``[tensorrt]``, or the ranges of ``[quantize]``.
     """
     chosen = {engine.label: backends.choose(engine, recipe.tensorrt) for engine in recipe.engines}
     files = source.fingerprint(sources, memo=memo)
@@ -255,7 +255,7 @@ def make(
         name, reason = chosen[engine.label]
         if engine.precision is not Precision.FP32:
             needs = {"model": model, "data": data, "statistics": observe}
-            asked = {"section": _quantize_section(recipe, engine), "engine": msgspec.to_builtins(engine)}
+            asked = {"section": _quantize_section(recipe, engine, name), "engine": msgspec.to_builtins(engine)}
             if engine in searched:
                 assert recipe.search is not None, "searched"
                 how = {
@@ -330,15 +330,14 @@ def threads_of(recipe: Recipe) -> int:
     return recipe.latency.threads or usable_cores()
 
 
-def _quantize_section(recipe: Recipe, engine: EngineSection) -> Mapping[str, Any]:
+def _quantize_section(recipe: Recipe, engine: EngineSection, backend: str) -> Mapping[str, Any]:
     """The keys of ``[quantize]`` that this engine's numbers depend on."""
-    section: dict[str, Any] = msgspec.to_builtins(recipe.quantize)
+    section: dict[str, Any] = msgspec.to_builtins(backends.decided(recipe.quantize, engine, backend))
     if engine.precision not in QUANTIZED:
         return {}
-    ranged = engine.precision is Precision.INT8 and not engine.weights_only  # others take the whole range, or none
-    if not ranged:
-        del section["method"]
-    if not ranged or recipe.quantize.method != "percentile":
+    if not engine.ranged:
+        del section["method"], section["activations"]
+    if not engine.ranged or recipe.quantize.method != "percentile":
         del section["percentile"]
     return section
 

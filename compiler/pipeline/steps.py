@@ -17,7 +17,7 @@ import msgspec
 from compiler import backends, source
 from compiler.errors import BuildEngineError
 from compiler.pipeline.measures import user_measures
-from compiler.recipe import QUANTIZED, EngineSection, Recipe
+from compiler.recipe import QUANTIZED, EngineSection, QuantizeSection, Recipe
 from compiler.spec import (
     CalibrationSet,
     DataSets,
@@ -66,6 +66,12 @@ class Job:
     def section(self) -> EngineSection:
         assert self.engine is not None, f"step of stage {self.stage} without an engine"
         return self.engine
+
+    @property
+    def quantize(self) -> QuantizeSection:
+        """``[quantize]`` as the back end of this engine has it."""
+        assert self.backend is not None, "an engine has a back end"
+        return backends.decided(self.recipe.quantize, self.section, self.backend)
 
 
 def _data(job: Job) -> DataSets:
@@ -167,7 +173,7 @@ def _quantize(job: Job) -> OnnxModel:
         )
     return quantize(
         engine,
-        job.recipe.quantize,
+        job.quantize,
         job.inputs["model"],
         job.inputs["statistics"],
         _calibration(job),
@@ -192,7 +198,7 @@ def _explain(job: Job) -> Explanation:
         keep = (*engine.keep, *(found.point.keep if found is not None else ()))
         quantised = quantize(
             msgspec.structs.replace(engine, rest="fp32", keep=keep),
-            job.recipe.quantize,
+            job.quantize,
             model,
             statistics,
             _calibration(job),
@@ -203,7 +209,7 @@ def _explain(job: Job) -> Explanation:
         )
     explanation = explain.explain(
         engine,
-        job.recipe.quantize,
+        job.quantize,
         model,
         quantised,
         statistics,

@@ -120,7 +120,7 @@ class Workshop:
         model: OnnxModel = job.inputs["model"]
         with tempfile.TemporaryDirectory(dir=job.out_dir) as folder:
             path = Path(folder) / "switched.onnx"
-            names = switches.write(job.section, job.recipe.quantize, model, job.inputs["statistics"], groups, path)
+            names = switches.write(job.section, job.quantize, model, job.inputs["statistics"], groups, path)
             if names is None:
                 return None
             engine = Engine(
@@ -184,7 +184,7 @@ class Workshop:
         job = self._job
         return quantize.quantize(
             engine,
-            job.recipe.quantize,
+            job.quantize,
             job.inputs["model"],
             job.inputs["statistics"],
             job.inputs["data"].calibration,

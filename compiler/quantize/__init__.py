@@ -7,13 +7,13 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from compiler import onnx_files
 from compiler.errors import CalibrationError
 from compiler.quantize import auto, fidelity, fp8, groups, half, int8, weights
+from compiler.quantize.formats import Grid
 from compiler.quantize.gram import Source
 from compiler.quantize.observe import Observed, chosen, load, observe
 from compiler.quantize.qdq import Quantised
@@ -130,8 +130,13 @@ def _round(
     if engine.precision is Precision.FP8:
         return fp8.convert(network, engine, section, observed)
 
-    def choose(prepared: int8.Prepared) -> tuple[dict[str, np.float32], list[str]]:
-        proposed = auto.proposals(prepared.placed, observed, percentile=section.percentile)
+    def choose(prepared: int8.Prepared) -> tuple[dict[str, Grid], list[str]]:
+        proposed = auto.proposals(
+            prepared.placed,
+            observed,
+            percentile=section.percentile,
+            symmetric=section.activations != "asymmetric",
+        )
         if not proposed:
             return {}, []
         if model.size_bytes > auto.LARGEST_BYTES:
@@ -142,7 +147,7 @@ def _round(
         LiftConstantsToInitializersPass(lift_all_constants=True)(copy)
         again = int8.prepare(copy.graph, engine, section, observed)
         macs = sum(group.macs for group in groups.groups(model, statistics))
-        methods, notes = auto.choose(model.path, copy, again.placed, again.scale_of, proposed, trials, macs=macs)
+        methods, notes = auto.choose(model.path, copy, again.placed, again.grid_of, proposed, trials, macs=macs)
         return {root: proposed[root][method] for root, method in methods.items()}, notes
 
     return int8.convert(

@@ -16,11 +16,11 @@ from functools import cached_property
 import numpy as np
 import onnx_ir as ir
 
-from compiler.quantize import beside, placement, smooth
+from compiler.quantize import beside, placement, smooth, thresholds
 from compiler.quantize.beside import Beside
 from compiler.quantize.observe import FINITE_BINS, Observed, edges
 from compiler.recipe import EngineSection, QuantizeSection
-from compiler.spec import Advice, Array, Precision, TensorError
+from compiler.spec import Advice, Array, TensorError
 
 CHANGES = 3
 
@@ -124,7 +124,7 @@ def changes(
     """At most `CHANGES`, those with the largest gain first, a search last; arguments as of `compiler.quantize.explain.explain`."""
     kept = list(_kept(engine, flow, sources))
     found = kept[:CHANGES]
-    if engine.precision is Precision.INT8 and not engine.weights_only:
+    if engine.ranged:
         found += _smoothed(section, flow, sources, observed)
         found += _ranged(section, tensors, flow, sources, observed)
     worthwhile = [change for change in found if change.gain_db >= LEAST_DB]
@@ -250,13 +250,18 @@ def _ranged(
         if not share or tensor.threshold is None or found is None or found.bins is None or not found.peak:
             continue
         rounding = sources.beside.roundings[tensor.name]
-        if rounding.seen_as is None or rounding.scale != rounding.scale_back:
+        if rounding.seen_as is None or rounding.broken:
             continue
-        now = expected_error(found.bins, found.peak, tensor.threshold)
+        now = expected_error(found.bins, found.peak, tensor.threshold, tensor.threshold / rounding.levels)
         tried = found.peak * 2.0 ** (-np.arange(33) / 4)
-        best = min(expected_error(found.bins, found.peak, float(threshold)) for threshold in tried)
+        steps = thresholds.steps(tried, found, symmetric=section.activations != "asymmetric")
+        errors = [
+            expected_error(found.bins, found.peak, float(threshold), float(step))
+            for threshold, step in zip(tried, steps, strict=True)
+        ]
+        whole, best = errors[0], min(errors)
         if now > 0:
-            fallen["minmax"] += share * (1 - expected_error(found.bins, found.peak, found.peak) / now)
+            fallen["minmax"] += share * (1 - whole / now)
             fallen["mse"] += share * (1 - min(best / now, 1.0))
     fallen.pop(section.method, None)
     method = max(fallen, key=lambda name: fallen[name])
@@ -272,15 +277,14 @@ def _ranged(
     ]
 
 
-def expected_error(bins: Array, peak: float, threshold: float) -> float:
-    """Mean square error of values, of which ``bins`` counts magnitudes, rounded to 127 steps up to ``threshold``.
+def expected_error(bins: Array, peak: float, threshold: float, step: float) -> float:
+    """Mean square error of values, of which ``bins`` counts magnitudes, rounded in steps of ``step`` up to ``threshold``.
 
     A step of size d leaves d^2 / 12, and of a value below half a step its square; a clipped value leaves what is cut off.
     """
     place = np.flatnonzero(bins[:FINITE_BINS])
     counts = bins[place].astype(np.float64)
     middle = (edges()[place] + np.minimum(edges()[place + 1], peak)) / 2
-    step = threshold / 127
     inside = np.minimum(middle**2, step**2 / 12)
     return float(np.where(middle > threshold, (middle - threshold) ** 2, inside) @ counts / max(counts.sum(), 1.0))
 

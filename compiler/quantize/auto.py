@@ -2,7 +2,7 @@
 
 What a method loses depends on what reads the tensor: clipping a tail that a logit is made of costs 10 dB, clipping one that a
 pool averages away costs nothing; no error of the tensor itself tells. So the outputs are measured: one model, in which every
-scale is an input, is run on a few calibration samples with the ranges that minmax, percentile, entropy and mse propose.
+grid is an input, is run on a few calibration samples with the ranges that minmax, percentile, entropy and mse propose.
 
 First each method serves all tensors. From the best of these, tensor by tensor, those on which the methods disagree most first,
 the other proposals are tried, and kept where the error falls: coordinate descent, as in Nagel et al. 2021, A White Paper on
@@ -22,6 +22,7 @@ import onnx_ir as ir
 from compiler import onnx_files
 from compiler.data import Samples
 from compiler.quantize import switches, thresholds
+from compiler.quantize.formats import Grid
 from compiler.quantize.observe import Observed, chosen
 from compiler.quantize.placement import Placement
 from compiler.spec import Array, CalibrationSet, Feeds, OpenModel, Runner
@@ -42,7 +43,7 @@ _LEAST_FALL = 0.03
 samples that chose nothing: 0.2 to 0.3 dB better than with 0.005, which fell behind ``mse`` for all."""
 
 _SAME = 0.02
-"""Scales that differ by less are one proposal."""
+"""Grids whose scales differ by less are one proposal."""
 
 
 class Trials:
@@ -60,7 +61,7 @@ class Trials:
 
 
 class Trial:
-    """A model whose scales are inputs, beside the original; a context manager."""
+    """A model whose grids are inputs, beside the original; a context manager."""
 
     def __init__(
         self,
@@ -88,10 +89,9 @@ class Trial:
         for file in self._files:
             file.unlink()
 
-    def error(self, scales: Mapping[str, np.float32]) -> float:
-        """Power of the difference in shares of the output's own, summed over float outputs; by name of the scale's input."""
+    def error(self, given: Feeds) -> float:
+        """Power of the difference in shares of the output's own, summed over float outputs, at the grids ``given``."""
         self.runs += 1
-        given = {name: np.asarray(scale, np.float32) for name, scale in scales.items()}
         noise: dict[str, float] = {}
         signal: dict[str, float] = {}
         for feeds, exact in zip(self._feeds, self._exact, strict=True):
@@ -109,19 +109,24 @@ def _floats(outputs: Feeds) -> dict[str, Array]:
     return {name: values for name, values in outputs.items() if values.dtype.kind == "f"}
 
 
-def proposals(placed: Placement, observed: Observed, *, percentile: float) -> dict[str, dict[str, np.float32]]:
-    """By activation (its root) and method the scale, of those activations on which methods disagree.
+def proposals(
+    placed: Placement, observed: Observed, *, percentile: float, symmetric: bool
+) -> dict[str, dict[str, Grid]]:
+    """By activation (its root) and method the grid, of those activations on which methods disagree.
 
     Raises:
         CalibrationError: one of them was not observed.
     """
-    found: dict[str, dict[str, np.float32]] = {}
+    found: dict[str, dict[str, Grid]] = {}
     for root in dict.fromkeys(str(placed.root[value].name) for value in placed.activations):
         statistics = observed.get(root)
         if statistics is None or statistics.bins is None:
             continue
-        by_method = {method: thresholds.scale(statistics, method=method, percentile=percentile) for method in METHODS}
-        if max(by_method.values()) > (1 + _SAME) * min(by_method.values()):
+        by_method = {
+            method: thresholds.grid(statistics, method=method, percentile=percentile, symmetric=symmetric)
+            for method in METHODS
+        }
+        if not _same(*by_method.values()):
             found[root] = by_method
     return found
 
@@ -130,8 +135,8 @@ def choose(
     original: Path,
     network: ir.Model,
     placed: Placement,
-    scale_of: Mapping[str, np.float32],
-    proposed: Mapping[str, Mapping[str, np.float32]],
+    grid_of: Mapping[str, Grid],
+    proposed: Mapping[str, Mapping[str, Grid]],
     trials: Trials,
     *,
     macs: float,
@@ -142,14 +147,13 @@ def choose(
         original: the model that the outputs are compared with.
         network: a copy of the model that is to be rounded; it is changed.
         placed: of ``network``.
-        scale_of: the scale of every activation, by name; those in ``proposed`` are replaced.
+        grid_of: the grid of every activation, by name; those in ``proposed`` are replaced.
         proposed: as of `proposals`.
         trials: where they are tried.
         macs: multiplications for one sample.
     """
-    scale_of_root = {str(placed.root[value].name): scale_of[str(value.name)] for value in placed.activations}
-    inputs = switches.write_with_scales(network.graph, placed)
-    fixed = {inputs[root]: scale for root, scale in scale_of_root.items()}
+    grid_of_root = {str(placed.root[value].name): grid_of[str(value.name)] for value in placed.activations}
+    inputs = switches.write_with_grids(network.graph, placed)
     wanted = sum(len(_others(by_method, None)) for by_method in proposed.values())
     affordable = MOST_MACS / max(macs, 1.0)
     samples = int(np.clip(affordable / max(wanted, 1), FEWEST_SAMPLES, SAMPLES))
@@ -158,7 +162,8 @@ def choose(
     with trials.error_of(original, network, indices) as trial:
 
         def error(methods: Mapping[str, str]) -> float:
-            return trial.error({**fixed, **{inputs[root]: proposed[root][method] for root, method in methods.items()}})
+            grids = {**grid_of_root, **{root: proposed[root][method] for root, method in methods.items()}}
+            return trial.error(switches.grid_feeds(inputs, grids))
 
         uniform = {method: error(dict.fromkeys(proposed, method)) for method in METHODS}
         best = min(uniform, key=lambda method: uniform[method])
@@ -185,19 +190,28 @@ def choose(
     return methods, notes
 
 
-def _others(by_method: Mapping[str, np.float32], than: str | None) -> list[str]:
-    """The methods whose scales differ from that of ``than`` and from one another."""
+def _same(*grids: Grid) -> bool:
+    scales = [grid.scale for grid in grids]
+    return bool(max(scales) <= (1 + _SAME) * min(scales))
+
+
+def _others(by_method: Mapping[str, Grid], than: str | None) -> list[str]:
+    """The methods whose grids differ from that of ``than`` and from one another."""
     seen = [] if than is None else [by_method[than]]
     others = []
-    for method, scale in by_method.items():
-        if all(abs(scale / known - 1) > _SAME for known in seen):
-            seen.append(scale)
+    for method, grid in by_method.items():
+        if not any(_same(grid, known) for known in seen):
+            seen.append(grid)
             others.append(method)
     return others
 
 
-def _most_disputed_first(proposed: Mapping[str, Mapping[str, np.float32]]) -> Iterator[str]:
-    yield from sorted(proposed, key=lambda root: -max(proposed[root].values()) / min(proposed[root].values()))
+def _most_disputed_first(proposed: Mapping[str, Mapping[str, Grid]]) -> Iterator[str]:
+    def dispute(root: str) -> float:
+        scales = [grid.scale for grid in proposed[root].values()]
+        return float(max(scales) / min(scales))
+
+    yield from sorted(proposed, key=dispute, reverse=True)
 
 
 def _counts(methods: Iterable[str]) -> list[tuple[str, int]]:

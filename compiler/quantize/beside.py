@@ -51,8 +51,17 @@ class Rounding:
     """Of QuantizeLinear; None where there are several."""
     scale_back: float | None
     """Of DequantizeLinear."""
+    zero_point: int | None
+    """Of QuantizeLinear; None where there are several."""
+    zero_point_back: int | None
+    """Of DequantizeLinear."""
     levels: float
     """How many scales the largest magnitude is."""
+
+    @property
+    def broken(self) -> bool:
+        """Whether values are read on another grid than they were written on."""
+        return (self.scale, self.zero_point) != (self.scale_back, self.zero_point_back)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -412,9 +421,10 @@ class _Builder:
         if site not in self._known:
             own = str(after.name) in self._known
             site = str(after.name) if own else self._origin(before)
-        scale, back = _scalar(quantize.inputs[1]), _scalar(node.inputs[1])
+        (scale, zero_point), (back, zero_point_back) = _grid(quantize), _grid(node)
         known = self._beside.roundings.get(site)
-        if known is None or (known.scale == known.scale_back and scale != back):
+        broken = (scale, zero_point) != (back, zero_point_back)
+        if known is None or (broken and not known.broken):
             value = self._source(site) if own else self._read(before, rounded=False)
             pair = _Pair(self, quantize, node).on(value)
             self._beside.roundings[site] = Rounding(
@@ -424,7 +434,9 @@ class _Builder:
                 rounded=str(pair.name),
                 scale=scale,
                 scale_back=back,
-                levels=_levels(_input(node)),
+                zero_point=zero_point,
+                zero_point_back=zero_point_back,
+                levels=_levels(_input(node)) + abs(zero_point or 0),
             )
         self._beside.root[site] = self._root(site, before, scale)
         return site
@@ -484,6 +496,12 @@ def _input(node: ir.Node | None) -> ir.Value:
 def _scalar(value: ir.Value | None) -> float | None:
     array = placement.constant(value)
     return float(array.reshape(-1)[0]) if array is not None and array.size == 1 else None
+
+
+def _grid(node: ir.Node) -> tuple[float | None, int | None]:
+    """Scale and zero point of a QuantizeLinear or a DequantizeLinear; None where there are several."""
+    zero_point = _scalar(node.inputs[2]) if len(node.inputs) > 2 else 0.0
+    return _scalar(node.inputs[1]), None if zero_point is None else int(zero_point)
 
 
 def _levels(steps: ir.Value) -> float:

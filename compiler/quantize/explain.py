@@ -417,6 +417,8 @@ def _reason(
     scale, back = rounding.scale, rounding.scale_back
     if scale and back and scale != back:
         return f"broken: written with scale {scale:.3g} and read with {back:.3g}, {_times(back / scale)}"
+    if rounding.broken:
+        return f"broken: written with zero point {rounding.zero_point} and read with {rounding.zero_point_back}"
     if weighs:
         return _of_weight(measured.weights.get(name))
     return _of_rounding(name, rounding, measured, observed, section)

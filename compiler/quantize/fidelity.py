@@ -21,7 +21,7 @@ from compiler.data import Samples
 from compiler.errors import CalibrationError
 from compiler.spec import Array, CalibrationSet, OpenModel, Progress, no_progress
 
-SAMPLES = 8
+SAMPLES = 16
 SUSPECT_SAMPLES = 4
 SUSPECTS = 3
 

@@ -111,6 +111,15 @@ class Steps:
         return rounded
 
 
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The numbers that an activation is rounded to: ``scale * (step - zero_point)`` for every step of its `Steps`."""
+
+    scale: np.float32
+    zero_point: int = 0
+    """The step that stands for 0.0; other than 0 in INT8 alone."""
+
+
 INT8 = Steps(label="INT8", dtype=ir.DataType.INT8, largest=127.0, lowest=-127.0, since=13)
 INT4 = Steps(label="INT4", dtype=ir.DataType.INT4, largest=7.0, lowest=-8.0, since=21)
 """From -8 to 7, as TensorRT defines it; a block may be given a scale at which -8 is used, see `weights`.

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from compiler.quantize import opset, placement, qdq
-from compiler.quantize.formats import FP8
+from compiler.quantize.formats import FP8, Grid
 from compiler.quantize.observe import Observed
 from compiler.quantize.placement import Placement
 from compiler.quantize.qdq import Quantised
@@ -40,13 +40,13 @@ def convert(model: ir.Model, engine: EngineSection, section: QuantizeSection, ob
     count = f"{len(placed.nodes)} of {len(everything.nodes)} layers with constant weights and "
     notes = [f"FP8: {count}{len(placed.activations)} activations (whole range); the rest stays {engine.rest.upper()}"]
     notes += qdq.notes_on_the_rest(graph, engine.rest, everything, observed)
-    rounded = qdq.insert(model, placed, scales(placed, observed, engine.rest), steps=FP8, rest=engine.rest)
+    rounded = qdq.insert(model, placed, grids(placed, observed, engine.rest), steps=FP8, rest=engine.rest)
     known = {**observed, **{name: observed[source] for name, source in rounded.source.items()}}
     return Quantised(notes=(*notes, *rounded.notes, *raised), seen_as=rounded.seen_as, observed=known)
 
 
-def scales(placed: Placement, observed: Observed, rest: str) -> Mapping[str, np.float32]:
-    """By name of an activation the scale at which its largest magnitude becomes 448; of one that was always zero: 1 / 448.
+def grids(placed: Placement, observed: Observed, rest: str) -> Mapping[str, Grid]:
+    """By name of an activation the grid on which its largest magnitude becomes 448; of one that was always zero 1.
 
     Raises:
         CalibrationError: one of them was not observed.
@@ -56,5 +56,5 @@ def scales(placed: Placement, observed: Observed, rest: str) -> Mapping[str, np.
         name = str(value.name)
         if name not in observed:
             raise qdq.not_observed(name)
-        found[name] = np.float32(FP8.scale(np.array(observed[name].peak or 1.0), rest))
+        found[name] = Grid(scale=np.float32(FP8.scale(np.array(observed[name].peak or 1.0), rest)))
     return found

@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import numpy as np
 import onnx_ir as ir
 
 from compiler.quantize import biases, gram, groups, placement, qdq, rounding, smooth
-from compiler.quantize.formats import INT8
+from compiler.quantize.formats import INT8, Grid
 from compiler.quantize.gram import Reads, Source
-from compiler.quantize.observe import Observed, TensorStatistics
+from compiler.quantize.observe import Observed
 from compiler.quantize.placement import Edge, Placement
 from compiler.quantize.qdq import Quantised
 from compiler.recipe import EngineSection, QuantizeSection
@@ -27,8 +26,8 @@ class Prepared:
     """A model that is ready to be rounded: nothing of it is rounded yet, its outliers are taken care of."""
 
     placed: Placement
-    scale_of: Mapping[str, np.float32]
-    """The scale of every activation of ``placed``, by name."""
+    grid_of: Mapping[str, Grid]
+    """The grid of every activation of ``placed``, by name."""
     notes: tuple[str, ...]
     observed: Observed
     """The statistics, with those of activations that were made."""
@@ -36,8 +35,8 @@ class Prepared:
     """By name of an activation that was made: what each channel of the original was divided by."""
 
 
-ChooseMethods: TypeAlias = Callable[["Prepared"], tuple[dict[str, np.float32], list[str]]]
-"""Scales by activation (its root, as of `Placement.root`) that measuring the outputs asks for, and notes; see `auto`."""
+ChooseMethods: TypeAlias = Callable[["Prepared"], tuple[dict[str, Grid], list[str]]]
+"""Grids by activation (its root, as of `Placement.root`) that measuring the outputs asks for, and notes; see `auto`."""
 
 
 def convert(
@@ -52,7 +51,7 @@ def convert(
     """Round ``model`` in place.
 
     Args:
-        choose: what finds better scales for ``prepare``'s.
+        choose: what finds better grids for ``prepare``'s.
         source: of ``model`` as it is now, and samples, for a learned rounding of weights and the correction of biases; None:
             to nearest, and none. ``rounding = "auto"`` is to nearest too: beside the rounding of activations that of
             weights in 8 bits hardly counts (digits: 4 to 9 dB less at every layer's output, 0.1 to 0.4 dB at the model's).
@@ -66,16 +65,16 @@ def convert(
         sum(groups.macs(node, observed, source.samples) for node, _ in placement.layers(model.graph)) if source else 0.0
     )
     prepared = prepare(model.graph, engine, section, observed)
-    scale_of, notes = dict(prepared.scale_of), list(prepared.notes)
+    grid_of, notes = dict(prepared.grid_of), list(prepared.notes)
     if choose is not None:
         chosen, more = choose(prepared)
         notes += more
         roots = {str(value.name): str(prepared.placed.root[value].name) for value in prepared.placed.activations}
-        scale_of |= {name: chosen[root] for name, root in roots.items() if root in chosen}
+        grid_of |= {name: chosen[root] for name, root in roots.items() if root in chosen}
     learner = None
     if source is not None and section.rounding not in ("auto", "nearest"):
         learner = Learner(prepared, section.rounding, reads, source)
-    rounded = qdq.insert(model, prepared.placed, scale_of, rest=engine.rest, improve=learner)
+    rounded = qdq.insert(model, prepared.placed, grid_of, rest=engine.rest, improve=learner)
     notes += rounding.summary(learner.outcomes) if learner is not None else []
     if source is not None:
         notes += biases.correct(model, prepared.placed.nodes, source, how=section.correct_bias, macs=macs)
@@ -84,7 +83,10 @@ def convert(
 
 
 def prepare(graph: ir.Graph, engine: EngineSection, section: QuantizeSection, observed: Observed) -> Prepared:
-    """Take outliers out of the activations of ``graph``, in place, and decide what to round at which scale.
+    """Take outliers out of the activations of ``graph``, in place, and decide what to round to which grid.
+
+    Args:
+        section: in which ``activations`` is decided; ``auto``: symmetric, which every back end takes.
 
     Raises:
         CalibrationError: nothing is left to round, or a tensor was not observed.
@@ -103,7 +105,7 @@ def prepare(graph: ir.Graph, engine: EngineSection, section: QuantizeSection, ob
     smoothed = smooth.NOTHING
     if section.smooth != "off" or section.split != "off":
         smoothed = smooth.smooth(graph, placed, observed, smoothing=section.smooth, splitting=section.split)
-    if smoothed.peaks:
+    if smoothed.made:
         placed = placement.place(graph, keep=(*keep, *smoothed.apart), barred=masked)
     count = f"{len(placed.nodes)} of {len(everything.nodes)} layers with constant weights and "
     notes = [
@@ -125,9 +127,18 @@ def prepare(graph: ir.Graph, engine: EngineSection, section: QuantizeSection, ob
             + (", ..." if len(small) > 5 else "")
         )
     notes += rest
-    scale_of = qdq.scales(placed, observed, method=section.method, percentile=section.percentile, peaks=smoothed.peaks)
-    known = {**observed, **{name: TensorStatistics(low=-peak, high=peak) for name, peak in smoothed.peaks.items()}}
-    return Prepared(placed=placed, scale_of=scale_of, notes=tuple(notes), observed=known, factors=smoothed.factors)
+    known = {**observed, **smoothed.made}
+    grid_of = qdq.grids(
+        placed,
+        known,
+        method=section.method,
+        percentile=section.percentile,
+        symmetric=section.activations != "asymmetric",
+        whole=smoothed.made,
+    )
+    if shifted := sum(grid_of[str(value.name)].zero_point != 0 for value in placed.activations):
+        notes.append(f"ranges that are not centred on zero: {shifted} of {len(placed.activations)} activations")
+    return Prepared(placed=placed, grid_of=grid_of, notes=tuple(notes), observed=known, factors=smoothed.factors)
 
 
 def _small_products(everything: Placement, observed: Observed) -> list[ir.Node]:

@@ -8,7 +8,7 @@ products share one, ONNX Runtime leaves both in float and takes ten times as lon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -19,7 +19,7 @@ from compiler import onnx_files
 from compiler.errors import CalibrationError
 from compiler.onnx_files import FreeNames
 from compiler.quantize import placement, thresholds
-from compiler.quantize.formats import INT8, Steps, in_rest
+from compiler.quantize.formats import INT8, Grid, Steps, in_rest
 from compiler.quantize.observe import Observed
 from compiler.quantize.placement import Edge, Placement
 from compiler.spec import Array
@@ -70,28 +70,34 @@ def notes_on_the_rest(graph: ir.Graph, rest: str, everything: Placement, observe
     ]
 
 
-def scales(
-    placed: Placement, observed: Observed, *, method: str, percentile: float, peaks: Mapping[str, float] | None = None
-) -> dict[str, np.float32]:
-    """The scale of every activation that is to be rounded, by name.
+def grids(
+    placed: Placement,
+    observed: Observed,
+    *,
+    method: str,
+    percentile: float,
+    symmetric: bool,
+    whole: Container[str] = (),
+) -> dict[str, Grid]:
+    """The grid of every activation that is to be rounded, by name.
 
     Args:
-        peaks: activations whose whole range is taken: they were made here, and only their largest magnitude is known.
+        symmetric: whether zero points must be 0.
+        whole: activations whose whole range is taken: they were made here, and only their extremes are known.
 
     Raises:
         CalibrationError: one of them was not observed.
     """
-    by_root: dict[str, np.float32] = {}
+    by_root: dict[str, Grid] = {}
     found = {}
     for value in placed.activations:
         root = str(placed.root[value].name)
-        if peaks and root in peaks:
-            by_root[root] = thresholds.scale_of(peaks[root])
-        elif root not in by_root:
+        if root not in by_root:
             statistics = observed.get(root)
-            if statistics is None or statistics.bins is None:
+            if statistics is None or (statistics.bins is None and root not in whole):
                 raise not_observed(root)
-            by_root[root] = thresholds.scale(statistics, method=method, percentile=percentile)
+            how = "minmax" if root in whole else method
+            by_root[root] = thresholds.grid(statistics, method=how, percentile=percentile, symmetric=symmetric)
         found[str(value.name)] = by_root[root]
     return found
 
@@ -111,7 +117,7 @@ Improve: TypeAlias = Callable[[Edge, Array, tuple[Array, Array], int | None], Ar
 def insert(
     model: ir.Model,
     placed: Placement,
-    scale_of: Mapping[str, np.float32],
+    grid_of: Mapping[str, Grid],
     *,
     steps: Steps = INT8,
     rest: str = "fp32",
@@ -121,7 +127,7 @@ def insert(
 
     Args:
         placed: of ``model.graph`` as it is.
-        scale_of: for every activation of ``placed``, by name.
+        grid_of: for every activation of ``placed``, by name.
         steps: INT8 or FP8.
         rest: the precision that what is not rounded will get, which the scales of weights are to fit.
         improve: what rounds weights better than to nearest.
@@ -140,12 +146,12 @@ def insert(
         if node.inputs[0] is not None:
             placement.check_finite(node.inputs[0], node)
     editor = _Editor(model.graph, steps)
-    notes = editor.round_weights(placed, scale_of, rest, improve)
+    notes = editor.round_weights(placed, grid_of, rest, improve)
     # Who computes in integers is asked of the graph as it was: rounding an activation hides what it is fused to.
     integer = _integer_edges(model.graph, placed)
     for value in placed.outputs:
-        editor.round_output(value, scale_of[str(value.name)], integer)
-    editor.round_edges(placed.edges, scale_of)
+        editor.round_output(value, grid_of[str(value.name)], integer)
+    editor.round_edges(placed.edges, grid_of)
     return Rounded(seen_as=editor.seen_as, source=editor.source, notes=tuple(notes))
 
 
@@ -201,7 +207,7 @@ class _Editor:
         self._free = FreeNames(graph).free
 
     def round_weights(
-        self, placed: Placement, scale_of: Mapping[str, np.float32], rest: str, improve: Improve | None
+        self, placed: Placement, grid_of: Mapping[str, Grid], rest: str, improve: Improve | None
     ) -> list[str]:
         notes = []
         stored: dict[tuple[ir.Value, int | None], tuple[ir.Value, Array]] = {}
@@ -219,7 +225,7 @@ class _Editor:
                     steps=INT8 if lookup else self._steps,
                     rest=rest,
                     bias=bias,
-                    input_scale=1.0 if lookup else float(scale_of[str(activation.name)]),
+                    input_scale=1.0 if lookup else float(grid_of[str(activation.name)].scale),
                 )
                 if zeros:
                     notes.append(f"weight '{weight.name}': {zeros} of {scale.size} channels are all zero")
@@ -230,7 +236,7 @@ class _Editor:
                     stored[weight, axis] = self._constant(f"{weight.name}_{label}", steps), scale
                 onnx_files.release(weight)
             name = f"{weight.name}_dequantized"
-            rounded, dequantize = self._dequantize(name, *stored[weight, axis], axis)
+            rounded, dequantize = self._dequantize(name, *stored[weight, axis], axis=axis)
             self._graph.insert_before(reader, dequantize)
             reader.replace_input_with(place, rounded)
         for weight in {key[0] for key in stored}:
@@ -238,25 +244,23 @@ class _Editor:
                 del self._graph.initializers[str(weight.name)]
         return notes
 
-    def round_output(self, value: ir.Value, scale: np.float32, integer: frozenset[Edge]) -> None:
+    def round_output(self, value: ir.Value, grid: Grid, integer: frozenset[Edge]) -> None:
         """Let every consumer of ``value``, and the caller of the model, read it rounded."""
         name, producer = str(value.name), value.producer()
         assert producer is not None, "only what a node makes is rounded where it is made"
         uses, is_output = list(value.uses()), value.is_graph_output()
         if is_output:
             value.name = self._free(f"{name}_unrounded")
-        steps, quantize = self._quantize(name, value, scale)
+        steps, quantize = self._quantize(name, value, grid)
         nodes = [quantize]
         for consumer, index in uses:
             if (consumer, index) in integer:
-                rounded, dequantize = self._dequantize(f"{name}_dequantized", steps, scale, None, of=name)
+                rounded, dequantize = self._dequantize_activation(name, steps, grid)
                 nodes.append(dequantize)
                 consumer.replace_input_with(index, rounded)
         others = [edge for edge in uses if edge not in integer]
         if others or is_output:
-            rounded, dequantize = self._dequantize(
-                f"{name}_dequantized", steps, scale, None, of=name, exact=name if is_output else None
-            )
+            rounded, dequantize = self._dequantize_activation(name, steps, grid, is_output=is_output)
             nodes.append(dequantize)
             for consumer, index in others:
                 consumer.replace_input_with(index, rounded)
@@ -266,22 +270,22 @@ class _Editor:
                     self._graph.outputs[place] = rounded
         self._graph.insert_after(producer, nodes)
 
-    def round_edges(self, edges: Sequence[Edge], scale_of: Mapping[str, np.float32]) -> None:
+    def round_edges(self, edges: Sequence[Edge], grid_of: Mapping[str, Grid]) -> None:
         """Let each of these inputs read its activation rounded, and nobody else."""
         shared: dict[ir.Value, tuple[ir.Value, ir.Node]] = {}
         for node, index in edges:
             value = node.inputs[index]
             assert value is not None, "placed"
-            name, scale = str(value.name), scale_of[str(value.name)]
+            name, grid = str(value.name), grid_of[str(value.name)]
             private = self._steps is INT8 and node.op_type in placement.PRODUCTS
             if private or value not in shared:
-                steps, quantize = self._quantize(name, value, scale)
+                steps, quantize = self._quantize(name, value, grid)
                 self._place_after(value, quantize)
                 if not private:
                     shared[value] = steps, quantize
             else:
                 steps, quantize = shared[value]
-            rounded, dequantize = self._dequantize(f"{name}_dequantized", steps, scale, None, of=name)
+            rounded, dequantize = self._dequantize_activation(name, steps, grid)
             self._graph.insert_after(quantize, dequantize)
             node.replace_input_with(index, rounded)
 
@@ -292,34 +296,43 @@ class _Editor:
         else:
             self._graph.insert_before(self._graph[0], node)
 
-    def _quantize(self, name: str, value: ir.Value, scale: np.float32) -> tuple[ir.Value, ir.Node]:
+    def _quantize(self, name: str, value: ir.Value, grid: Grid) -> tuple[ir.Value, ir.Node]:
         output = _like(value, self._free(f"{name}_quantized"), self._steps.dtype)
-        inputs = [value, *self._parameters(str(output.name), np.asarray(scale))]
+        inputs = [value, *self._parameters(str(output.name), np.asarray(grid.scale), grid.zero_point)]
         return output, ir.node("QuantizeLinear", inputs, outputs=[output], name=output.name)
+
+    def _dequantize_activation(
+        self, name: str, steps: ir.Value, grid: Grid, *, is_output: bool = False
+    ) -> tuple[ir.Value, ir.Node]:
+        """Read the activation ``name`` rounded; under its own name if it is an output of the model."""
+        free = f"{name}_dequantized"
+        output, node = self._dequantize(
+            free, steps, np.asarray(grid.scale), zero_point=grid.zero_point, exact=name if is_output else None
+        )
+        self.seen_as.setdefault(name, str(output.name))
+        self.source[str(output.name)] = name
+        return output, node
 
     def _dequantize(
         self,
         name: str,
         steps: ir.Value,
-        scale: Array | np.float32,
-        axis: int | None,
+        scale: Array,
         *,
-        of: str | None = None,
+        axis: int | None = None,
+        zero_point: int = 0,
         exact: str | None = None,
     ) -> tuple[ir.Value, ir.Node]:
         output = _like(steps, exact or self._free(name), ir.DataType.FLOAT)
-        if of is not None:
-            self.seen_as.setdefault(of, str(output.name))
-            self.source[str(output.name)] = of
-        inputs = [steps, *self._parameters(str(output.name), np.asarray(scale))]
+        inputs = [steps, *self._parameters(str(output.name), scale, zero_point)]
         attributes = {} if axis is None else {"axis": axis}
         node_name = self._free(name) if exact else output.name
         return output, ir.node("DequantizeLinear", inputs, attributes, outputs=[output], name=node_name)
 
-    def _parameters(self, name: str, scale: Array) -> tuple[ir.Value, ir.Value]:
+    def _parameters(self, name: str, scale: Array, zero_point: int) -> tuple[ir.Value, ir.Value]:
         return (
             self._constant(f"{name}_scale", scale.astype(np.float32)),
-            self._constant(f"{name}_zero_point", np.zeros(scale.shape, self._steps.dtype.numpy())),
+            self._constant(f"{name}_zero_point", np.full(scale.shape, zero_point, self._steps.dtype.numpy())),
         )
 
     def _constant(self, name: str, array: Array) -> ir.Value:

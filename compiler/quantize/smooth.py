@@ -28,7 +28,7 @@ import onnx_ir as ir
 from compiler import onnx_files
 from compiler.onnx_files import FreeNames
 from compiler.quantize import graphs, placement, thresholds
-from compiler.quantize.observe import Observed
+from compiler.quantize.observe import Observed, TensorStatistics
 from compiler.quantize.placement import Placement
 from compiler.recipe import Switch
 from compiler.spec import Array
@@ -71,8 +71,8 @@ class Remedy:
 class Smoothed:
     """What `smooth` did."""
 
-    peaks: Mapping[str, float]
-    """Largest magnitude of each activation that it made, by name."""
+    made: Observed
+    """What is known of each activation that it made, by name: bounds of its extremes."""
     gains_db: tuple[float, ...]
     """Expected fall of the error of the products of each."""
     split: int
@@ -83,7 +83,7 @@ class Smoothed:
     """By name of what was made, as of `Remedy`."""
 
 
-NOTHING = Smoothed(peaks={}, gains_db=(), split=0, apart=(), factors={})
+NOTHING = Smoothed(made={}, gains_db=(), split=0, apart=(), factors={})
 
 
 def smooth(
@@ -98,7 +98,7 @@ def smooth(
         value = node.inputs[index]
         if value is not None and node.op_type in placement.PRODUCTS:
             readers.setdefault(value, []).append(node)
-    peaks: dict[str, float] = {}
+    made: dict[str, TensorStatistics] = {}
     gains, split, factors = [], 0, dict[str, Array]()
     apart: list[ir.Node] = []
     for value, nodes in readers.items():
@@ -118,11 +118,14 @@ def smooth(
         if remedy is None:
             continue
         name = _apply(graph, value, nodes, remedy, apart)
-        peaks[name] = float((peaks_of / remedy.factors).max())
+        low, high = (
+            float((np.minimum(peaks_of, max(reach, 0.0)) / remedy.factors).max()) for reach in (-found.low, found.high)
+        )
+        made[name] = TensorStatistics(low=-low, high=high)
         factors[name] = remedy.factors
         gains.append(remedy.gain_db)
         split += remedy.split.size > 0
-    return Smoothed(peaks=peaks, gains_db=tuple(gains), split=split, apart=tuple(apart), factors=factors)
+    return Smoothed(made=made, gains_db=tuple(gains), split=split, apart=tuple(apart), factors=factors)
 
 
 def choose(

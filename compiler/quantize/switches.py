@@ -21,11 +21,12 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 from compiler import onnx_files
 from compiler.onnx_files import FreeNames
 from compiler.quantize import graphs, int8, placement, qdq
+from compiler.quantize.formats import Grid
 from compiler.quantize.groups import Group
 from compiler.quantize.observe import load
 from compiler.quantize.placement import Placement
 from compiler.recipe import EngineSection, QuantizeSection
-from compiler.spec import OnnxModel, Precision, Statistics
+from compiler.spec import Array, Feeds, OnnxModel, Statistics
 
 
 def write(
@@ -44,7 +45,7 @@ def write(
     Raises:
         CalibrationError: nothing is left to round, or a tensor was not observed.
     """
-    if engine.precision is not Precision.INT8 or engine.weights_only or model.size_bytes > graphs.COPIED_BYTES:
+    if not engine.ranged or model.size_bytes > graphs.COPIED_BYTES:
         return None
     network = onnx_files.read(model.path)
     LiftConstantsToInitializersPass(lift_all_constants=True)(network)
@@ -59,7 +60,7 @@ def write(
     editor = _Editor(graph, names, switches, of_node)
     editor.round_weights(prepared.placed)
     editor.round_activations(
-        prepared.placed, {name: editor.constant(name, scale) for name, scale in prepared.scale_of.items()}
+        prepared.placed, {name: editor.constants(name, grid) for name, grid in prepared.grid_of.items()}
     )
     graph.inputs.extend(switches)
     onnx_files.write(network, path)
@@ -71,26 +72,38 @@ def feeds(switches: Sequence[str], on: int | None) -> dict[str, np.ndarray[tuple
     return {name: np.array(place == on) for place, name in enumerate(switches)}
 
 
-def write_with_scales(graph: ir.Graph, placed: Placement) -> dict[str, str]:
-    """Round ``graph`` as ``placed`` says, in place and in float numbers, with an input for the scale of every activation.
+def write_with_grids(graph: ir.Graph, placed: Placement) -> dict[str, tuple[str, str]]:
+    """Round ``graph`` as ``placed`` says, in place and in float numbers, with inputs for the grid of every activation.
 
-    Returns the names of these inputs by the activation whose scale it is (its root, as of `Placement.root`).
+    Returns the names of these inputs, scale (float32) and zero point (int8), by the activation whose grid it is (its root, as
+    of `Placement.root`).
     """
     names = FreeNames(graph)
     editor = _Editor(graph, names, None, dict.fromkeys(placed.nodes, 0))
-    inputs: dict[str, ir.Value] = {}
+    inputs: dict[str, tuple[ir.Value, ir.Value]] = {}
     for value in placed.activations:
         root = str(placed.root[value].name)
         if root not in inputs:
-            scale = ir.Value(
-                name=names.free(f"scale_{len(inputs)}"), type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([])
+            scale, zero_point = (
+                ir.Value(name=names.free(f"{what}_{len(inputs)}"), type=ir.TensorType(dtype), shape=ir.Shape([]))
+                for what, dtype in (("scale", ir.DataType.FLOAT), ("zero_point", ir.DataType.INT8))
             )
-            inputs[root] = scale
-            graph.inputs.append(scale)
-    steps = {str(value.name): inputs[str(placed.root[value].name)] for value in placed.activations}
+            inputs[root] = scale, zero_point
+            graph.inputs.extend(inputs[root])
     editor.round_weights(placed)
-    editor.round_activations(placed, steps)
-    return {root: str(value.name) for root, value in inputs.items()}
+    editor.round_activations(
+        placed, {str(value.name): inputs[str(placed.root[value].name)] for value in placed.activations}
+    )
+    return {root: (str(scale.name), str(zero_point.name)) for root, (scale, zero_point) in inputs.items()}
+
+
+def grid_feeds(inputs: Mapping[str, tuple[str, str]], grids: Mapping[str, Grid]) -> Feeds:
+    """What the inputs of `write_with_grids` are given for ``grids``, by activation."""
+    given: dict[str, Array] = {}
+    for root, (scale, zero_point) in inputs.items():
+        given[scale] = np.asarray(grids[root].scale, np.float32)
+        given[zero_point] = np.asarray(grids[root].zero_point, np.int8)
+    return given
 
 
 def _of_node(graph: ir.Graph, groups: Sequence[Group]) -> dict[ir.Node, int]:
@@ -121,10 +134,10 @@ class _Editor:
             reader.replace_input_with(place, self._choose(reader, self._of_node[node], made, weight))
             graphs.forget_unused(self._graph, weight)
 
-    def round_activations(self, placed: Placement, steps: Mapping[str, ir.Value]) -> None:
+    def round_activations(self, placed: Placement, grids: Mapping[str, tuple[ir.Value, ir.Value]]) -> None:
         """
         Args:
-            steps: the scale of every activation of ``placed``, by name: a constant or an input.
+            grids: scale and zero point of every activation of ``placed``, by name: constants or inputs.
         """
         made_by = {placement.fused_output(node): group for node, group in self._of_node.items()}
         edges = [(node, index) for value in placed.outputs for node, index in value.uses()]
@@ -138,15 +151,17 @@ class _Editor:
                     continue
                 group = 0
             if value not in rounded:
-                rounded[value] = self._round(value, steps[str(value.name)])
+                rounded[value] = self._round(value, *grids[str(value.name)])
             node.replace_input_with(index, self._choose(node, group, rounded[value], value))
 
-    def constant(self, name: str, scale: np.float32) -> ir.Value:
-        return graphs.register(self._graph, self._names.free(f"{name}_step"), np.asarray(scale, np.float32))
+    def constants(self, name: str, grid: Grid) -> tuple[ir.Value, ir.Value]:
+        return (
+            graphs.register(self._graph, self._names.free(f"{name}_step"), np.asarray(grid.scale, np.float32)),
+            graphs.register(self._graph, self._names.free(f"{name}_zero"), np.asarray(grid.zero_point, np.int8)),
+        )
 
-    def _round(self, value: ir.Value, step: ir.Value) -> ir.Value:
+    def _round(self, value: ir.Value, step: ir.Value, zero: ir.Value) -> ir.Value:
         name = str(value.name)
-        zero = graphs.register(self._graph, self._names.free(f"{name}_zero"), np.zeros((), np.int8))
         steps = graphs.like(value, self._names.free(f"{name}_steps"), ir.DataType.INT8)
         again = graphs.like(value, self._names.free(f"{name}_rounded"), ir.DataType.FLOAT)
         nodes = [

@@ -1,20 +1,28 @@
-"""From what was observed of a tensor to the largest magnitude that symmetric INT8 shall represent.
+"""From what was observed of a tensor to the grid of INT8 that shall represent it.
 
-A threshold ``t`` gives the scale ``t / 127``: a value ``x`` becomes ``clip(round(x / scale), -128, 127) * scale``. The
-methods differ in how much of the tail they give up for finer steps. Where values lie inside a bin of the histogram
-is unknown: they are taken to be spread evenly over it.
+Each method chooses a threshold ``t``, the largest magnitude that is represented; they differ in how much of the tail they give
+up for finer steps. Where values lie inside a bin of the histogram is unknown: they are taken to be spread evenly over it.
+
+- Symmetric: the scale is ``t / 127``, the zero point 0.
+- Asymmetric: of a tensor that was seen to reach from ``low`` to ``high``, what is represented reaches from ``max(low, -t)`` to
+  ``min(high, t)``, in 255 steps. After a Relu steps are half as wide. Source: Jacob et al. 2018, Quantization and Training of
+  Neural Networks for Efficient Integer-Arithmetic-Only Inference, section 2.1 (arXiv:1712.05877). Where that gains less than
+  `LEAST_FALL_OF_STEP`, the grid is symmetric all the same.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from compiler.quantize.formats import SMALLEST_SCALE
+from compiler.quantize.formats import SMALLEST_SCALE, Grid
 from compiler.quantize.observe import FINITE_BINS, TensorStatistics, edges
 from compiler.spec import Array
 
 LEVELS = 127
-"""Steps from zero to the threshold."""
+"""Steps from zero to the threshold, where the grid is symmetric."""
+
+LEAST_FALL_OF_STEP = 0.05
+"""By this share an asymmetric grid must be finer."""
 
 MASK_BELOW = -1e30
 ORDINARY_BELOW = 1e15
@@ -24,32 +32,53 @@ _ENTROPY_STRIDE = 8
 _EMPTY = 1e-4
 
 
-def scale(statistics: TensorStatistics, *, method: str, percentile: float) -> np.float32:
-    """The scale of a tensor: finite and at least `SMALLEST_SCALE`. Of a tensor that was always zero: 1 / 127.
+def grid(statistics: TensorStatistics, *, method: str, percentile: float, symmetric: bool) -> Grid:
+    """The grid of a tensor; its scale is finite and at least `SMALLEST_SCALE`.
 
     Args:
+        statistics: with bins, but for ``minmax``.
         method: ``minmax``, ``percentile``, ``entropy`` or ``mse``.
         percentile: of the magnitudes, for that method.
+        symmetric: whether the zero point must be 0.
     """
-    if statistics.peak == 0.0:
-        return np.float32(1.0 / LEVELS)
-    if method == "minmax":
+    if method == "minmax" or statistics.peak == 0.0:
         threshold = minmax(statistics)
     elif method == "percentile":
         threshold = from_percentile(statistics, percentile)
     elif method == "entropy":
-        threshold = entropy(statistics)
+        threshold = entropy(statistics, symmetric=symmetric)
     else:
-        threshold = mse(statistics)
-    return scale_of(threshold)
+        threshold = mse(statistics, symmetric=symmetric)
+    return grid_of(threshold, statistics, symmetric=symmetric)
 
 
-def scale_of(threshold: float) -> np.float32:
+def grid_of(threshold: float, statistics: TensorStatistics, *, symmetric: bool) -> Grid:
+    """The grid that represents magnitudes up to ``threshold``. Of a tensor that was always zero: steps of 1 / 127.
+
+    >>> positive = TensorStatistics(low=0.0, high=510.0)
+    >>> [(float(found.scale), found.zero_point) for found in (grid_of(510.0, positive, symmetric=False),
+    ...     grid_of(127.0, positive, symmetric=True), grid_of(1.0, TensorStatistics(low=0.0, high=0.0), symmetric=True))]
+    [(2.0, -128), (1.0, 0), (0.007874015718698502, 0)]
     """
-    >>> float(scale_of(127.0)), float(scale_of(0.0)) == float(SMALLEST_SCALE)
-    (1.0, True)
-    """
-    return max(np.float32(threshold / LEVELS), SMALLEST_SCALE)
+    if statistics.peak == 0.0:
+        return Grid(scale=np.float32(1.0 / LEVELS))
+    wanted = float(steps(np.array(threshold), statistics, symmetric=symmetric))
+    scale = max(np.float32(wanted), SMALLEST_SCALE)
+    if wanted == threshold / LEVELS:
+        return Grid(scale=scale)
+    below = min(max(-statistics.low, 0.0), threshold)
+    return Grid(scale=scale, zero_point=int(np.clip(np.rint(below / scale), 0, 255)) - 128)
+
+
+def steps(thresholds: Array, statistics: TensorStatistics, *, symmetric: bool) -> Array:
+    """How wide steps are, of any shape, for thresholds up to the tensor's peak."""
+    around_zero: Array = thresholds / LEVELS
+    if symmetric:
+        return around_zero
+    below = np.minimum(max(-statistics.low, 0.0), thresholds)
+    above = np.minimum(max(statistics.high, 0.0), thresholds)
+    spanning = (below + above) / (2 * LEVELS + 1)
+    return np.where(spanning <= (1 - LEAST_FALL_OF_STEP) * around_zero, spanning, around_zero)
 
 
 def holds_mask(statistics: TensorStatistics) -> bool:
@@ -77,9 +106,10 @@ def from_percentile(statistics: TensorStatistics, percentile: float) -> float:
     return float(threshold) or statistics.peak
 
 
-def entropy(statistics: TensorStatistics) -> float:
-    """The threshold whose 128 levels tell least about the values to those who do not see them: minimal
-    Kullback-Leibler divergence of the distribution, clipped, from its rounded form.
+def entropy(statistics: TensorStatistics, *, symmetric: bool = True) -> float:
+    """The threshold whose levels (128 from zero on, twice as many of a tensor on one side of zero, where the grid is not
+    symmetric) tell least about the values to those who do not see them: minimal Kullback-Leibler divergence of the
+    distribution, clipped, from its rounded form.
 
     Source: Migacz 2017, 8-bit Inference with TensorRT, GTC; on 2048 even bins, with every 8th bin a candidate. Exact
     zeros are left out: every scale represents them, and after a Relu they would outweigh all else.
@@ -95,18 +125,20 @@ def entropy(statistics: TensorStatistics) -> float:
     even = np.diff(np.interp(borders, known, cumulative))
     even[-1] += cumulative[-1] - even.sum()
     best = (np.inf, _ENTROPY_BINS)
+    levels = 1 + np.rint(borders[1:] / steps(borders[1:], statistics, symmetric=symmetric)).astype(int)
     for size in range(_ENTROPY_BINS, LEVELS, -_ENTROPY_STRIDE):
-        best = min(best, (_divergence(even, size), size))
+        if size >= levels[size - 1]:
+            best = min(best, (_divergence(even, size, int(levels[size - 1])), size))
     return float(borders[best[1]])
 
 
-def _divergence(counts: Array, size: int) -> float:
-    """KL(P || Q) in nats of the first ``size`` of ``counts`` [bins], all above clipped into the last, from 128 levels."""
+def _divergence(counts: Array, size: int, levels: int) -> float:
+    """KL(P || Q) in nats of the first ``size`` of ``counts`` [bins], all above clipped into the last, from ``levels``."""
     inside = counts[:size]
-    level = np.arange(size) * (LEVELS + 1) // size
+    level = np.arange(size) * levels // size
     used = inside > 0
-    sums = np.bincount(level, inside, LEVELS + 1)
-    widths = np.bincount(level, used, LEVELS + 1)
+    sums = np.bincount(level, inside, levels)
+    widths = np.bincount(level, used, levels)
     q = np.where(used, (sums / np.maximum(widths, 1))[level], 0.0)
     p = inside.copy()
     p[-1] += counts[size:].sum()
@@ -116,7 +148,7 @@ def _divergence(counts: Array, size: int) -> float:
     return float(np.sum(p * np.log(p / np.where(q > 0, q, _EMPTY))))
 
 
-def mse(statistics: TensorStatistics) -> float:
+def mse(statistics: TensorStatistics, *, symmetric: bool = True) -> float:
     """The threshold with the least expected squared error, of rounding inside it and of clipping outside.
 
     Source: Nagel et al. 2021, A White Paper on Neural Network Quantization, section 3.3.1 (arXiv:2106.08295). The
@@ -130,27 +162,33 @@ def mse(statistics: TensorStatistics) -> float:
     counts = statistics.bins[place].astype(np.float64)
     # Relative to the peak: squares of 1e37 are still numbers then, and so are those of 1e-37.
     low, high = edges()[place] / peak, np.minimum(edges()[place + 1] / peak, 1.0)
+
+    def errors(shares: Array) -> Array:
+        return _squared_error(shares, steps(shares * peak, statistics, symmetric=symmetric) / peak, counts, low, high)
+
     coarse = 2.0 ** (-np.arange(41) / 2)
-    best = int(np.argmin(_squared_error(coarse, counts, low, high)))
+    best = int(np.argmin(errors(coarse)))
     fine = np.linspace(coarse[max(best - 1, 0)], coarse[min(best + 1, coarse.size - 1)], 65)
-    return peak * float(fine[np.argmin(_squared_error(fine, counts, low, high))])
+    return peak * float(fine[np.argmin(errors(fine))])
 
 
-def _squared_error(thresholds: Array, counts: Array, low: Array, high: Array) -> Array:
-    """Sum of squared errors [T] of values of which ``counts`` [B] lie between ``low`` and ``high`` [B].
+def _squared_error(thresholds: Array, steps: Array, counts: Array, low: Array, high: Array) -> Array:
+    """Sum of squared errors [T] of values of which ``counts`` [B] have magnitudes between ``low`` and ``high`` [B].
 
-    With u = x / scale and k the level nearest to u, at most 127, the error is scale^2 * (u - k)^2, whose integral over
-    u is F(u) = k / 12 + (u - k)^3 / 3: a twelfth for every whole level passed.
+    With u = x / step and k the level nearest to u, at most L = threshold / step, the error is step^2 * (u - k)^2, whose
+    integral over u is F(u) = k / 12 + (u - k)^3 / 3: a twelfth for every whole level passed. The side of an asymmetric grid that
+    ends below the threshold clips nothing: no value lies there.
     """
-    scales = thresholds[:, None] / LEVELS
+    scales = steps[:, None]
+    levels = np.rint(thresholds[:, None] / scales)
     below, above = low / scales, high / scales
 
     def integral(u: Array) -> Array:
-        level = np.minimum(np.rint(u), LEVELS)
+        level = np.minimum(np.rint(u), levels)
         return level / 12 + (u - level) ** 3 / 3
 
     width = above - below
-    point = (below - np.minimum(np.rint(below), LEVELS)) ** 2
+    point = (below - np.minimum(np.rint(below), levels)) ** 2
     mean = np.where(width > 0, (integral(above) - integral(below)) / np.where(width > 0, width, 1), point)
     errors: Array = (mean * scales**2) @ counts
     return errors

@@ -12,7 +12,7 @@ import pytest
 from compiler import backends
 from compiler.backends import machine
 from compiler.errors import BackendUnavailableError, RecipeError
-from compiler.recipe import EngineSection, TensorRTSection
+from compiler.recipe import EngineSection, QuantizeSection, TensorRTSection
 from compiler.spec import Precision
 from tests.backends.machines import pretend_gpu, pretend_package
 
@@ -223,6 +223,33 @@ def test_an_option_of_the_rtx_flavour_is_refused_for_the_other(monkeypatch: pyte
         "[tensorrt] compute_capabilities: engine 'int8', backend 'tensorrt', does not take it: TensorRT builds for the GPU of "
         "the machine it runs on; build there, or set hardware_compatibility for later ones."
     )
+
+
+@pytest.mark.parametrize(
+    ("asked", "backend", "found"),
+    [
+        ("auto", "onnxruntime", "asymmetric"),
+        ("auto", "tensorrt", "symmetric"),
+        ("auto", "tensorrt_rtx", "symmetric"),
+        ("symmetric", "onnxruntime", "symmetric"),
+        ("asymmetric", "onnxruntime", "asymmetric"),
+    ],
+)
+def test_whether_ranges_are_symmetric_is_for_the_back_end_to_say(asked: Any, backend: str, found: str) -> None:
+    decided = backends.decided(QuantizeSection(activations=asked, samples=7), section(), backend)
+    assert (decided.activations, decided.samples) == (found, 7)
+
+
+def test_ranges_that_a_back_end_does_not_take_are_refused() -> None:
+    asked = QuantizeSection(activations="asymmetric")
+    with pytest.raises(RecipeError) as caught:
+        backends.decided(asked, section(), "tensorrt_rtx")
+    assert caught.value.message == (
+        "quantize.activations: engine 'int8', backend 'tensorrt_rtx', does not take \"asymmetric\": zero points must be 0. "
+        'Write "auto", or "symmetric".'
+    )
+    # An engine whose activations are not rounded does not mind.
+    assert backends.decided(asked, section(precision=Precision.FP8), "tensorrt_rtx") == asked
 
 
 def test_onnxruntime_minds_no_option_of_tensorrt() -> None:

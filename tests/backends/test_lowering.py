@@ -25,8 +25,11 @@ from tests.quantize import networks
 from tests.quantize.networks import Net, f32
 
 
-def int8(folder: Path, proto: onnx.ModelProto, samples: Sequence[Mapping[str, Array]], rest: Any = "fp32") -> OnnxModel:
+def int8(
+    folder: Path, proto: onnx.ModelProto, samples: Sequence[Mapping[str, Array]], rest: Any = "fp32", **section: Any
+) -> OnnxModel:
     """The canonical INT8 form of ``proto``."""
+
     for name in ("observed", "int8"):
         (folder / name).mkdir(parents=True)
     model = networks.save(proto, folder / "model.onnx")
@@ -36,7 +39,7 @@ def int8(folder: Path, proto: onnx.ModelProto, samples: Sequence[Mapping[str, Ar
     )
     return quantize(
         EngineSection(precision=Precision.INT8, rest=rest),
-        QuantizeSection(min_sqnr_db=-100, split="off", method="mse", rounding="nearest"),
+        QuantizeSection(min_sqnr_db=-100, split="off", method="mse", rounding="nearest", **section),
         model,
         statistics,
         data,
@@ -89,10 +92,11 @@ CASES: dict[str, tuple[onnx.ModelProto, list[dict[str, Array]]]] = {
 }
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=[(name, activations) for name in CASES for activations in ("symmetric", "asymmetric")])
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[OnnxModel, list[dict[str, Array]]]:
-    proto, samples = CASES[request.param]
-    return int8(tmp_path, proto, samples), samples
+    name, activations = request.param
+    proto, samples = CASES[name]
+    return int8(tmp_path, proto, samples, activations=activations), samples
 
 
 Case = tuple[OnnxModel, list[dict[str, Array]]]
@@ -113,9 +117,33 @@ def test_unsigned_activations_are_equal_to_the_bit(case: Case, tmp_path: Path) -
     path = lowered(model, tmp_path / "unsigned.onnx", lowering.to_unsigned)
     for feeds in far(samples):
         assert np.array_equal(run(model.path, feeds), run(path, feeds))
-    steps = [n for n in onnx.load(path).graph.node if n.op_type == "QuantizeLinear"]
-    zero_points = {weight.name: numpy_helper.to_array(weight) for weight in onnx.load(path).graph.initializer}
-    assert {(zero_points[n.input[2]].dtype.name, int(zero_points[n.input[2]])) for n in steps} == {("uint8", 128)}
+    unsigned = zero_points(path)
+    assert {zero_point.dtype.name for zero_point in unsigned.values()} == {"uint8"}
+    signed = zero_points(model.path)
+    assert {int(zero_point) for zero_point in unsigned.values()} == {128 + int(one) for one in signed.values()}
+
+
+def zero_points(path: Path) -> dict[str, Array]:
+    """By name of a rounded activation."""
+    graph = onnx.load(path).graph
+    stored = {weight.name: numpy_helper.to_array(weight) for weight in graph.initializer}
+    return {node.output[0]: stored[node.input[2]] for node in graph.node if node.op_type == "QuantizeLinear"}
+
+
+def test_a_zero_point_that_is_not_moved_along_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = int8(tmp_path, *CASES["residual"], activations="asymmetric")
+    monkeypatch.setattr(lowering, "MIDDLE", 127)
+    path = lowered(model, tmp_path / "wrong.onnx", lowering.to_unsigned)
+    assert not np.array_equal(run(model.path, CASES["residual"][1][0]), run(path, CASES["residual"][1][0]))
+
+
+def test_a_relu_before_a_range_that_begins_at_zero_is_gone(tmp_path: Path) -> None:
+    symmetric = lowered(int8(tmp_path / "s", *CASES["residual"]), tmp_path / "s.onnx")
+    model = int8(tmp_path / "a", *CASES["residual"], activations="asymmetric")
+    found = kinds(lowered(model, tmp_path / "a.onnx"))
+    assert kinds(symmetric)["Clip"] > 0
+    assert (found["Clip"], found["Relu"]) == (0, 0)
+    assert fused(tmp_path / "a.onnx")["QLinearConv"] == fused(symmetric)["QLinearConv"] > 0
 
 
 def test_fused_products_are_equal_to_the_rounding_of_a_float_sum(case: Case, tmp_path: Path) -> None:
@@ -140,7 +168,7 @@ def test_the_runtime_s_own_fusions_stay_within_a_step(case: Case, tmp_path: Path
 
 def test_a_planted_error_in_the_bound_of_a_clip_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = int8(tmp_path, *CASES["relu6"])
-    monkeypatch.setattr(lowering, "_rounded", lambda value, scale: np.uint8(np.floor(value / scale) + 129))
+    monkeypatch.setattr(lowering, "_rounded", lambda value, scale, zero: np.uint8(np.floor(value / scale) + zero + 1))
     path = lowered(model, tmp_path / "wrong.onnx", lowering.to_unsigned)
     assert not np.array_equal(run(model.path, CASES["relu6"][1][0]), run(path, CASES["relu6"][1][0]))
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from msgspec import structs
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from compiler import onnx_files
@@ -87,22 +89,31 @@ def test_a_model_whose_scales_are_inputs_computes_what_the_quantised_file_does(t
     bench = residual(tmp_path)
     network, prepared = prepared_of(bench)
     roots = {str(prepared.placed.root[value].name): str(value.name) for value in prepared.placed.activations}
-    inputs = switches.write_with_scales(network.graph, prepared.placed)
+    inputs = switches.write_with_grids(network.graph, prepared.placed)
     onnx_files.write(network, tmp_path / "scaled.onnx")
-    given = {name: np.asarray(prepared.scale_of[roots[root]], np.float32) for root, name in inputs.items()}
+    grids = {root: prepared.grid_of[roots[root]] for root in inputs}
+    assert any(grid.zero_point for grid in grids.values())
+    given = switches.grid_feeds(inputs, grids)
     exact = outputs(bench.model, bench.samples[0])
-    expected = outputs(bench.quantize(split="off"), bench.samples[0])
+    expected = outputs(bench.quantize(split="off", activations="asymmetric"), bench.samples[0])
     found = open_model(tmp_path / "scaled.onnx", threads=1, optimize=False).run({**bench.samples[0], **given})["y"]
     assert sqnr(expected, found) > sqnr(exact, expected) + 15
     # Scales that are 8 times too large are seen.
-    wrong = {name: np.asarray(scale * 8, np.float32) for name, scale in given.items()}
-    assert sqnr(exact, open_model(tmp_path / "scaled.onnx", threads=1).run({**bench.samples[0], **wrong})["y"]) < 40
+    wrong = switches.grid_feeds(
+        inputs, {root: replace(grid, scale=grid.scale * np.float32(8)) for root, grid in grids.items()}
+    )
+    assert (
+        sqnr(exact, open_model(tmp_path / "scaled.onnx", threads=1).run({**bench.samples[0], **wrong})["y"])
+        < sqnr(exact, expected) - 6
+    )
 
 
 def prepared_of(bench: Bench) -> tuple[ir.Model, int8.Prepared]:
     network = onnx_files.read(bench.model.path)
     LiftConstantsToInitializersPass(lift_all_constants=True)(network)
-    return network, int8.prepare(network.graph, ENGINE, SECTION, load(bench.statistics.path))
+    return network, int8.prepare(
+        network.graph, ENGINE, structs.replace(SECTION, activations="asymmetric"), load(bench.statistics.path)
+    )
 
 
 def tail_that_matters() -> tuple[onnx.ModelProto, Sequence[Mapping[str, Array]]]:

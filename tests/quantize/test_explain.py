@@ -120,6 +120,31 @@ def test_a_scale_that_is_off_is_named_first_with_its_reason(
     assert found.model_sha256 == quantised.sha256 != sound.model_sha256
 
 
+def test_a_zero_point_that_is_read_as_another_is_named(residual: Bench) -> None:
+    shifted = {**OFF, "activations": "asymmetric"}
+
+    def change(graph: onnx.GraphProto) -> None:
+        quantize = next(
+            node for node in graph.node if node.op_type == "QuantizeLinear" and node.input[0] == "b0_1_relu"
+        )
+        graph.initializer.append(numpy_helper.from_array(np.array(-100, np.int8), "wrong"))
+        for node in graph.node:
+            if node.op_type == "DequantizeLinear" and node.input[0] == quantize.output[0]:
+                node.input[2] = "wrong"
+
+    found = explained(residual, doctored(residual.quantize(**shifted), change), activations="asymmetric")
+    assert found.tensors[0].name == "b0_1_relu"
+    assert found.tensors[0].reason == "broken: written with zero point -128 and read with -100"
+
+
+def test_the_threshold_of_a_shifted_range_is_its_farther_end(residual: Bench) -> None:
+    found = named(explained(residual, residual.quantize(**OFF, activations="asymmetric")), "b0_1_relu")
+    assert found.scale is not None and found.peak is not None
+    assert found.threshold == pytest.approx(found.peak, rel=1e-4)
+    assert found.scale == pytest.approx(found.peak / 255, rel=1e-4)
+    assert found.clipped == 0
+
+
 def test_a_range_that_clips_is_named_with_the_share_of_values_above(residual: Bench) -> None:
     found = explained(residual, doctored(residual.quantize(**OFF), scaled("b0_1_relu", 1 / 8, *BOTH)), method="mse")
     worst = found.tensors[0]
@@ -359,6 +384,6 @@ def test_the_expected_error_of_a_threshold_is_that_of_rounding_to_it() -> None:
     for threshold in (0.5, 2.0, found.peak, 10 * found.peak):
         step = threshold / 127
         rounded = np.clip(np.rint(values / step), -127, 127) * step
-        assert advice.expected_error(found.bins, found.peak, threshold) == pytest.approx(
+        assert advice.expected_error(found.bins, found.peak, threshold, step) == pytest.approx(
             float(np.mean((values - rounded) ** 2)), rel=0.1
         )

@@ -18,6 +18,7 @@ from compiler.backends import lowering
 from compiler.backends.onnxruntime import open_model
 from compiler.errors import CalibrationError
 from compiler.quantize import formats, fp8, placement, qdq
+from compiler.quantize.formats import Grid
 from compiler.quantize.observe import load
 from compiler.spec import Array, Precision
 from tests.quantize import networks, reference
@@ -252,7 +253,7 @@ def test_keep_of_everything_leaves_no_fp8_model(tmp_path: Path) -> None:
 def test_a_tensor_that_was_not_observed_is_refused() -> None:
     network = ir.from_proto(networks.linear_map(np.eye(4)))
     with pytest.raises(CalibrationError) as caught:
-        fp8.scales(placement.at_products(network.graph), {}, "fp32")
+        fp8.grids(placement.at_products(network.graph), {}, "fp32")
     assert caught.value.message == (
         "tensor 'x': no statistics of it; those of every tensor to be rounded were expected. "
         "Run again without the cache: --no-cache."
@@ -292,9 +293,11 @@ def test_scales_too_large_by_8_show_in_nothing_but_themselves(tmp_path: Path, mo
 
 
 def multiply_scales(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
-    right = fp8.scales
+    right = fp8.grids
     monkeypatch.setattr(
-        fp8, "scales", lambda *args: {name: scale * np.float32(factor) for name, scale in right(*args).items()}
+        fp8,
+        "grids",
+        lambda *args: {name: Grid(scale=grid.scale * np.float32(factor)) for name, grid in right(*args).items()},
     )
 
 
@@ -315,8 +318,8 @@ def test_weights_rounded_along_the_wrong_axis_are_refused(tmp_path: Path, monkey
     bench = Bench(tmp_path, networks.linear_map(weight), networks.normal_samples(16, 16))
     right = qdq._Editor._dequantize
 
-    def wrong(self: Any, name: str, steps: Any, scale: Any, axis: int | None, **more: Any) -> Any:
-        return right(self, name, steps, scale, 1 - axis if axis is not None else None, **more)
+    def wrong(self: Any, name: str, steps: Any, scale: Any, *, axis: int | None = None, **more: Any) -> Any:
+        return right(self, name, steps, scale, axis=1 - axis if axis is not None else None, **more)
 
     assert bench.quantize(precision=Precision.FP8).notes
     monkeypatch.setattr(qdq._Editor, "_dequantize", wrong)

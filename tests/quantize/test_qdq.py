@@ -19,6 +19,7 @@ from compiler import onnx_files
 from compiler.backends.onnxruntime import open_model
 from compiler.errors import CalibrationError, RecipeError
 from compiler.quantize import fidelity, observe, placement, qdq, quantize, smooth, thresholds
+from compiler.quantize.formats import Grid
 from compiler.quantize.observe import load
 from compiler.recipe import EngineSection, QuantizeSection
 from compiler.spec import Array, OnnxModel, Precision
@@ -442,13 +443,13 @@ def test_a_scale_8_times_too_small_is_refused_with_the_tensor_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = Bench(tmp_path, networks.residual(), networks.normal_samples(8, 3, 16, 16))
-    right = qdq.scales
+    right = qdq.grids
 
-    def wrong(*args: Any, **kwargs: Any) -> dict[str, np.float32]:
+    def wrong(*args: Any, **kwargs: Any) -> dict[str, Grid]:
         found = right(*args, **kwargs)
-        return {**found, "b0_1_relu": found["b0_1_relu"] / np.float32(8)}
+        return {**found, "b0_1_relu": Grid(scale=found["b0_1_relu"].scale / np.float32(8))}
 
-    monkeypatch.setattr(qdq, "scales", wrong)
+    monkeypatch.setattr(qdq, "grids", wrong)
     message = bench.refusal(min_sqnr_db=25.0)
     assert re.fullmatch(
         r"output 'y': SQNR \d+\.\d dB on 8 calibration samples; at least 25 dB was expected \(quantize\.min_sqnr_db\)\. "
@@ -461,9 +462,11 @@ def test_a_scale_8_times_too_small_is_refused_with_the_tensor_named(
 @pytest.mark.parametrize("factor", [8, 1 / 8])
 def test_all_scales_off_by_8_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
     bench = Bench(tmp_path, networks.residual(), networks.normal_samples(8, 3, 16, 16))
-    right = thresholds.scale
+    right = thresholds.grid
     assert bench.quantize(min_sqnr_db=35.0).notes
-    monkeypatch.setattr(thresholds, "scale", lambda *args, **kwargs: right(*args, **kwargs) * np.float32(factor))
+    monkeypatch.setattr(
+        thresholds, "grid", lambda *args, **more: Grid(scale=right(*args, **more).scale * np.float32(factor))
+    )
     assert "output 'y': SQNR" in bench.refusal(min_sqnr_db=35.0)
 
 
@@ -473,8 +476,8 @@ def test_weights_rounded_along_the_wrong_axis_are_refused(tmp_path: Path, monkey
     bench = Bench(tmp_path, networks.linear_map(weight), networks.normal_samples(16, 16))
     right = qdq._Editor._dequantize
 
-    def wrong(self: Any, name: str, steps: Any, scale: Any, axis: int | None, **more: Any) -> Any:
-        return right(self, name, steps, scale, 1 - axis if axis is not None else None, **more)
+    def wrong(self: Any, name: str, steps: Any, scale: Any, *, axis: int | None = None, **more: Any) -> Any:
+        return right(self, name, steps, scale, axis=1 - axis if axis is not None else None, **more)
 
     assert bench.quantize().notes
     monkeypatch.setattr(qdq._Editor, "_dequantize", wrong)
@@ -486,15 +489,82 @@ def test_two_scales_that_are_swapped_are_refused(tmp_path: Path, monkeypatch: py
     small = net.op("Mul", ["x", net.weight("tenth", f32(0.01))], "small")
     net.op("Add", [net.linear("x", "p", (8, 8)), net.linear(small, "q", (8, 8))], "y")
     bench = Bench(tmp_path, net.model({"x": ["batch", 8]}, {"y": ["batch", 8]}), networks.normal_samples(16, 8))
-    right = qdq.scales
+    right = qdq.grids
 
-    def wrong(*args: Any, **kwargs: Any) -> dict[str, np.float32]:
+    def wrong(*args: Any, **kwargs: Any) -> dict[str, Grid]:
         found = right(*args, **kwargs)
         return {"x": found["small"], "small": found["x"]}
 
     assert bench.quantize().notes
-    monkeypatch.setattr(qdq, "scales", wrong)
+    monkeypatch.setattr(qdq, "grids", wrong)
     assert "Most is lost at 'x'" in bench.refusal()
+
+
+@pytest.mark.parametrize("zero_point", [-128, 64])
+def test_zero_points_where_there_should_be_none_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zero_point: int
+) -> None:
+    bench = Bench(tmp_path, networks.linear_map(np.eye(8)), networks.normal_samples(16, 8))
+    right = thresholds.grid
+    assert bench.quantize(min_sqnr_db=30.0).notes
+    monkeypatch.setattr(
+        thresholds, "grid", lambda *args, **more: Grid(scale=right(*args, **more).scale, zero_point=zero_point)
+    )
+    assert "Most is lost at 'x'" in bench.refusal(min_sqnr_db=30.0)
+
+
+def test_a_zero_point_that_is_read_as_another_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(tmp_path, networks.residual(), networks.normal_samples(8, 3, 16, 16))
+    right = qdq._Editor._dequantize
+
+    def wrong(self: Any, name: str, steps: Any, scale: Any, *, zero_point: int = 0, **more: Any) -> Any:
+        return right(self, name, steps, scale, zero_point=0, **more)
+
+    assert bench.quantize(activations="asymmetric", min_sqnr_db=30.0).notes
+    monkeypatch.setattr(qdq._Editor, "_dequantize", wrong)
+    assert "output 'y': SQNR" in bench.refusal(activations="asymmetric")
+    assert bench.quantize(min_sqnr_db=30.0).notes, "a symmetric grid has none"
+
+
+# --- ranges that are not centred on zero ----------------------------------------------------------------------------
+
+
+def zero_points(model: OnnxModel) -> dict[str, int]:
+    """By name of a rounded activation."""
+    stored = constants(model)
+    return {node.input[0]: int(stored[node.input[2]]) for node in graph(model).node if node.op_type == "QuantizeLinear"}
+
+
+def test_after_a_relu_an_asymmetric_range_begins_at_zero(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, networks.residual(), networks.normal_samples(8, 3, 16, 16))
+    symmetric, shifted = bench.quantize(), bench.quantize(activations="asymmetric")
+    assert set(zero_points(symmetric).values()) == {0}
+    found = zero_points(shifted)
+    assert {name: found[name] for name in found if "relu" in name} == dict.fromkeys(
+        [name for name in found if "relu" in name], -128
+    )
+    assert found["b0_1_relu"] == -128
+    assert over_all(bench, shifted) > over_all(bench, symmetric) + 2
+
+
+def test_auto_is_symmetric_for_whoever_does_not_say_which_back_end(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, networks.residual(), networks.normal_samples(8, 3, 16, 16))
+    assert set(zero_points(bench.quantize(activations="auto")).values()) == {0}
+
+
+def test_the_range_of_what_smoothing_made_holds_all_of_it(tmp_path: Path) -> None:
+    proto, samples = outlying()
+    samples = [{"x": np.abs(sample["x"])} for sample in samples]
+    bench = Bench(tmp_path, proto, samples)
+    model = bench.quantize(activations="asymmetric", split="off")
+    assert zero_points(model) == {"wide_smoothed": -128}
+    assert over_all(bench, model) > over_all(bench, bench.quantize(split="off")) + 0.5  # the rest is the weight's
+
+
+def over_all(bench: Bench, model: OnnxModel) -> float:
+    """Ratio in dB over all samples."""
+    exact, found = (np.concatenate([outputs(one, sample) for sample in bench.samples]) for one in (bench.model, model))
+    return sqnr(exact, found)
 
 
 def test_what_calibration_noticed_stands_in_the_refusal(tmp_path: Path) -> None:
@@ -511,7 +581,7 @@ def test_an_output_that_is_finite_in_one_model_only_is_refused(tmp_path: Path, m
     net.op("Exp", ["l"], "y")
     proto = net.model({"x": ["batch", 8]}, {"y": ["batch", 8], "l": ["batch", 8]})
     assert re.fullmatch(
-        r"output 'l': \d+ values on 8 calibration samples are finite in one of the FP32 and the quantised model and not "
+        r"output 'l': \d+ values on 16 calibration samples are finite in one of the FP32 and the quantised model and not "
         r"in the other; finite values were expected. Keep layers in high precision \(engines.keep\).",
         Bench(tmp_path, proto, networks.normal_samples(16, 8)).refusal(),
     )
@@ -696,7 +766,7 @@ def test_smoothing_changes_nothing_but_the_rounding(tmp_path: Path, kind: str) -
     bench = Bench(tmp_path, proto, samples)
     network = onnx_files.read(bench.model.path)
     found = smooth.smooth(network.graph, placement.place(network.graph), load(bench.statistics.path))
-    assert list(found.peaks) == ["wide_smoothed"]
+    assert list(found.made) == ["wide_smoothed"]
     onnx_files.write(network, tmp_path / "smoothed.onnx")
     again = open_model(tmp_path / "smoothed.onnx").run(samples[0])["y"]
     assert again == pytest.approx(outputs(bench.model, samples[0]), rel=1e-4, abs=1e-5)
@@ -807,7 +877,7 @@ def test_an_fp16_model_says_how_close_it_is(tmp_path: Path) -> None:
     bench = Bench(tmp_path, networks.transformer_block(), networks.masked_samples(16))
     model = bench.quantize(precision=Precision.FP16)
     assert model.precision is Precision.FP16
-    assert re.fullmatch(r"SQNR against FP32 on 8 calibration samples: y [67]\d\.\d dB", model.notes[-1])
+    assert re.fullmatch(r"SQNR against FP32 on 16 calibration samples: y [67]\d\.\d dB", model.notes[-1])
 
 
 def test_a_bf16_model_is_written_without_being_run(tmp_path: Path) -> None:
@@ -827,7 +897,7 @@ def test_the_ratio_of_a_model_without_float_outputs_is_not_measured(tmp_path: Pa
     assert bench.quantize().notes[-1] == "the quantised model has no float output: its SQNR was not measured"
 
 
-def test_the_ratio_counts_at_most_8_samples(tmp_path: Path) -> None:
-    assert fidelity.SAMPLES == 8
+def test_the_ratio_counts_at_most_16_samples(tmp_path: Path) -> None:
+    assert fidelity.SAMPLES == 16
     bench = Bench(tmp_path, networks.convolution(), networks.normal_samples(40, 4, 8, 8))
-    assert bench.quantize().notes[-1].startswith("SQNR against FP32 on 8 calibration samples: y ")
+    assert bench.quantize().notes[-1].startswith("SQNR against FP32 on 16 calibration samples: y ")

@@ -30,6 +30,7 @@ from tests.quantize.networks import Net
 SEEDS = range(int(os.environ.get("BUILD_ENGINE_NETWORKS", "12")))
 FORMATS: dict[str, dict[str, Any]] = {
     "int8": {"precision": Precision.INT8},
+    "int8 asymmetric": {"precision": Precision.INT8, "activations": "asymmetric"},
     "int8 weights": {"precision": Precision.INT8, "weights_only": True},
     "fp8": {"precision": Precision.FP8},
     "fp8 weights": {"precision": Precision.FP8, "weights_only": True},
@@ -272,12 +273,22 @@ def _folder(tmp_path: Path, seed: int) -> Path:
 KEEPS_VALUES = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze")
 
 
-@pytest.mark.parametrize(("name", "kind"), [("cnn", "int8"), ("transformer", "int8"), ("cnn", "fp8")])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("cnn", "int8"),
+        ("cnn", "int8 asymmetric"),
+        ("transformer", "int8"),
+        ("transformer", "int8 asymmetric"),
+        ("cnn", "fp8"),
+    ],
+)
 def test_every_scale_is_that_of_its_own_tensor(tmp_path: Path, name: str, kind: str) -> None:
-    """With min-max: of an activation, its largest magnitude on all samples in float64; of a weight, that of each output
-    channel. What moves values without changing them may have the scale of what it reads."""
+    """With min-max: of an activation, its largest magnitude on all samples in float64, or the reach from its lowest to its
+    highest value; of a weight, the largest magnitude of each output channel. What moves values without changing them may have
+    the scale of what it reads."""
     make, sample = NETWORKS[name]
-    largest, seen = {"int8": 127, "fp8": 448}[kind], 0
+    largest, seen, shifted = {"fp8": 448}.get(kind, 127), 0, 0
     for seed in SEEDS:
         proto = make(seed)
         samples = sample(proto, 5)
@@ -289,12 +300,19 @@ def test_every_scale_is_that_of_its_own_tensor(tmp_path: Path, name: str, kind: 
         for node in made.graph.node:
             if node.op_type == "QuantizeLinear":
                 root = node.input[0].removesuffix("_unrounded")
-                peaks = [np.abs(exact[root]).max()]
+                roots = [root]
                 while root in makers and makers[root].op_type in KEEPS_VALUES:
                     root = makers[root].input[0]
-                    peaks.append(np.abs(exact[root]).max())
-                scale = stored[node.input[1]] * largest
-                assert any(scale == pytest.approx(peak, rel=1e-4) for peak in peaks), (seed, root)
+                    roots.append(root)
+                scale, zero_point = stored[node.input[1]], int(stored[node.input[2]])
+                if zero_point == 0:
+                    wanted = [(np.abs(exact[root]).max() / largest, 0) for root in roots]
+                else:
+                    ends = [(min(exact[root].min(), 0), max(exact[root].max(), 0)) for root in roots]
+                    wanted = [((high - low) / 255, np.rint(-low / ((high - low) / 255)) - 128) for low, high in ends]
+                    shifted += 1
+                near = [scale == pytest.approx(step, rel=1e-4) and abs(zero_point - zero) <= 1 for step, zero in wanted]
+                assert any(near), (seed, root)
                 seen += 1
             elif node.op_type == "DequantizeLinear" and stored.get(node.input[0], np.zeros(())).ndim > 1:
                 steps, scale = stored[node.input[0]], stored[node.input[1]]
@@ -309,10 +327,11 @@ def test_every_scale_is_that_of_its_own_tensor(tmp_path: Path, name: str, kind: 
                         reference.dequantize(np.ones(steps.shape), scale, axis=axis or 0), weight.shape
                     )
                     # Half a step; of FP8, half of the last of four digits, or half of the smallest step there is.
-                    limit = step / 2 if kind == "int8" else np.maximum(np.abs(weight) / 16, step * 2.0**-10)
+                    limit = step / 2 if kind != "fp8" else np.maximum(np.abs(weight) / 16, step * 2.0**-10)
                     assert (np.abs(again - weight) <= limit * (1 + 1e-5)).all(), (seed, node.name)
                     seen += 1
     assert seen > 50
+    assert (shifted > 20) == ("asymmetric" in kind)
 
 
 # --- whole, to the bit ----------------------------------------------------------------------------------------------
@@ -356,12 +375,14 @@ def computed_by(model: OnnxModel, feeds: Mapping[str, Array]) -> dict[str, dict[
     }
 
 
-def test_where_sums_are_exact_all_agree_to_the_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("activations", ["symmetric", "asymmetric"])
+def test_where_sums_are_exact_all_agree_to_the_bit(tmp_path: Path, activations: str) -> None:
     ties = 0
     for seed in SEEDS:
         proto = random_cnn(seed)
         samples = images(proto, 8)
-        model = Bench(_folder(tmp_path, seed), proto, samples[:5]).quantize(min_sqnr_db=NONE)
+        bench = Bench(_folder(tmp_path, seed), proto, samples[:5])
+        model = bench.quantize(min_sqnr_db=NONE, activations=activations)
         model = with_scales_of_two(model, tmp_path / f"{seed} exact")
         feeds = {"x": np.concatenate([sample["x"] for sample in samples[5:]]).astype(np.float32)}
         found = computed_by(model, feeds)

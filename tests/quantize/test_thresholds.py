@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from compiler.quantize import thresholds
+from compiler.quantize.formats import Grid
 from compiler.quantize.observe import TensorStatistics, measure
 from compiler.spec import Array
 
@@ -16,13 +17,32 @@ METHODS = ("minmax", "percentile", "entropy", "mse")
 
 
 def scale(values: Array, method: str, percentile: float = 99.99) -> float:
-    return float(thresholds.scale(measure(values), method=method, percentile=percentile))
+    found = thresholds.grid(measure(values), method=method, percentile=percentile, symmetric=True)
+    assert found.zero_point == 0
+    return float(found.scale)
+
+
+def shifted(values: Array, method: str) -> Grid:
+    return thresholds.grid(measure(values), method=method, percentile=99.99, symmetric=False)
+
+
+def reach(grid: Grid) -> tuple[float, float]:
+    """The lowest and the highest number of a grid."""
+    scale = float(grid.scale)
+    return scale * (-128 - grid.zero_point), scale * (127 - grid.zero_point)
 
 
 def squared_error(values: Array, threshold: float) -> float:
     """Mean squared error of rounding, by doing it."""
     step = threshold / 127
     return float(np.mean((values - np.clip(np.rint(values / step), -127, 127) * step) ** 2))
+
+
+def error_on(grid: Grid, values: Array) -> float:
+    """The same on a grid of INT8."""
+    step = float(grid.scale)
+    steps = np.clip(np.rint(values / step) + grid.zero_point, -128, 127)
+    return float(np.mean((values - (steps - grid.zero_point) * step) ** 2))
 
 
 def test_minmax_is_the_largest_magnitude_whatever_its_sign() -> None:
@@ -96,6 +116,77 @@ def test_mse_finds_what_trying_every_threshold_finds(kind: str) -> None:
 def test_mse_is_better_than_minmax_on_a_normal_variable() -> None:
     values = np.random.default_rng(2).normal(size=100_000)
     assert squared_error(values, scale(values, "mse") * 127) < 0.8 * squared_error(values, np.abs(values).max())
+
+
+# --- grids that are not centred on zero -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "ends", "zero_point"),
+    [
+        ([0.0, 510.0], (0, 510), -128),  # all 255 steps above zero
+        ([-510.0, 0.0], (-510, 0), 127),
+        ([-51.0, 204.0], (-51, 204), -77),  # 51 steps of 1 below zero, 204 above
+        ([3.0, 255.0], (0, 255), -128),  # zero is always a step: what pads an image
+    ],
+)
+def test_min_and_max_known_by_hand(values: list[float], ends: tuple[float, float], zero_point: int) -> None:
+    found = shifted(np.array(values), "minmax")
+    assert reach(found) == pytest.approx(ends)
+    assert found.zero_point == zero_point
+
+
+def test_a_grid_that_would_gain_little_is_centred_on_zero() -> None:
+    assert shifted(np.array([-1.2, 1.27]), "minmax") == Grid(scale=np.float32(1.27) / np.float32(127))
+    assert shifted(np.array([-1.1, 1.27]), "minmax").zero_point != 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["relu", "negative", "gelu", "skewed"])
+def test_a_shifted_grid_errs_less_than_a_symmetric_one(method: str, kind: str) -> None:
+    normal = np.random.default_rng(4).normal(size=100_000)
+    values = {
+        "relu": np.maximum(normal, 0),
+        "negative": -np.abs(normal),
+        "gelu": normal / (1 + np.exp(-1.702 * normal)),
+        "skewed": normal + 1.5,
+    }[kind]
+    found = shifted(values, method)
+    symmetric = Grid(scale=np.float32(scale(values, method)))
+    # A step half as wide errs a quarter, where little is clipped.
+    least = 0.35 if kind in ("relu", "negative") and method != "percentile" else 0.9
+    assert error_on(found, values) < least * error_on(symmetric, values)
+
+
+@pytest.mark.parametrize("kind", ["relu", "laplace", "gelu"])
+def test_mse_finds_what_trying_every_shifted_grid_finds(kind: str) -> None:
+    normal = np.random.default_rng(5).normal(size=20_000)
+    values = {
+        "relu": np.maximum(normal, 0),
+        "laplace": np.abs(np.random.default_rng(6).laplace(size=20_000)),
+        "gelu": normal / (1 + np.exp(-1.702 * normal)),
+    }[kind]
+    found = measure(values)
+    best = min(
+        error_on(thresholds.grid_of(threshold, found, symmetric=False), values)
+        for threshold in np.linspace(0.2, 1, 400) * found.peak
+    )
+    assert error_on(shifted(values, "mse"), values) <= best * 1.03
+
+
+def test_entropy_of_a_tensor_on_one_side_of_zero_has_all_its_levels() -> None:
+    # With the peak at 64 a bin is 1/32: 256 bins are the first candidate of 256 levels, and end at 8.
+    values = np.concatenate([np.linspace(0, 3.99, 100_001), [64.0]])
+    assert reach(shifted(values, "entropy"))[1] == pytest.approx(8)
+    assert scale(values, "entropy") * 127 < 4.5
+
+
+@given(arrays.arrays(np.float32, st.integers(1, 50), elements=st.floats(-(2.0**99), 2.0**99, width=32)))
+def test_minmax_leaves_half_a_step_of_anything_at_most(values: Array) -> None:
+    found = shifted(values, "minmax")
+    assert -128 <= found.zero_point <= 127
+    # Half a step for the value, and half for the zero point, which must be a whole number.
+    assert error_on(found, values.astype(np.float64)) <= float(found.scale) ** 2 * 1.001
 
 
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)

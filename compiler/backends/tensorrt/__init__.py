@@ -55,6 +55,7 @@ class TensorRT:
     packages: tuple[str, ...]
     """Distributions that make up the builder."""
     PRECISIONS: frozenset[Precision] = frozenset(Precision)
+    ZERO_POINTS: bool = False
 
     def unavailable(self) -> str | None:
         return self._not_installed() if self.NAME == options.RTX else self.cannot_run()
