@@ -94,6 +94,13 @@ def write(model: ir.Model, path: Path, *, external_above: int = EXTERNAL_ABOVE_B
     Raises:
         ArtifactError: the folder cannot be written.
     """
+    external = _write(model, path, external_above)
+    files = external_files(path) if external else ()
+    return sha256_of(path, files), files
+
+
+def _write(model: ir.Model, path: Path, external_above: int) -> bool:
+    """As of `write`; returns whether there are external data."""
     values = [value for graph in model.graphs() for value in graph.initializers.values()]
     tensors = [value.const_value for value in values]
     data = path.with_name(path.name + ".data")
@@ -111,8 +118,7 @@ def write(model: ir.Model, path: Path, *, external_above: int = EXTERNAL_ABOVE_B
     finally:
         for value, tensor in zip(values, tensors, strict=True):
             value.const_value = tensor
-    files = external_files(path) if external else ()
-    return sha256_of(path, files), files
+    return external
 
 
 def write_graph(model: ir.Model, path: Path) -> Path | None:
@@ -127,7 +133,7 @@ def write_graph(model: ir.Model, path: Path) -> Path | None:
     outside = [value.const_value for value in values if isinstance(value.const_value, ir.ExternalTensor)]
     folders = {str(tensor.base_dir) for tensor in outside}
     if len(folders) != 1:
-        write(model, path, external_above=1 << 62)
+        _write(model, path, external_above=1 << 62)
         return None
     try:
         path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))

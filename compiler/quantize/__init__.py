@@ -85,7 +85,7 @@ def quantize(
     if checked and engine.precision is not Precision.BF16:  # which ONNX Runtime cannot run on a CPU
         notes.append(
             fidelity.check(
-                model.path,
+                model,
                 path,
                 data,
                 calibrated_on=chosen(data.samples, statistics.samples),

@@ -19,9 +19,13 @@ import onnx_ir as ir
 from compiler import onnx_files
 from compiler.data import Samples
 from compiler.errors import CalibrationError
-from compiler.spec import Array, CalibrationSet, OpenModel, Progress, no_progress
+from compiler.quantize.observe import alike, batch_limit
+from compiler.spec import Array, CalibrationSet, OnnxModel, OpenModel, Progress, no_progress
 
 SAMPLES = 16
+BATCH = 4
+"""Samples that are run together, if the model takes batches: weights are dequantised in every run."""
+
 SUSPECT_SAMPLES = 4
 SUSPECTS = 3
 
@@ -68,7 +72,7 @@ class Power:
 
 
 def check(
-    original: Path,
+    model: OnnxModel,
     quantised: Path,
     data: CalibrationSet,
     *,
@@ -81,7 +85,7 @@ def check(
     out_dir: Path,
     progress: Progress,
 ) -> str:
-    """Compare the outputs of two ONNX files on up to `SAMPLES` samples; returns a note with what was measured.
+    """Compare the outputs of ``model`` and ``quantised`` on up to `SAMPLES` samples; returns a note with what was measured.
 
     Args:
         calibrated_on: samples that set ranges; others are taken where there are any.
@@ -93,8 +97,8 @@ def check(
     """
     stored = Samples(data.path)
     taken, fresh = pick(len(stored), calibrated_on, SAMPLES)
-    runs = _Runs(stored=stored, open_model=open_model, threads=threads, folder=out_dir)
-    powers = runs.compare(original, quantised, taken, None, progress)
+    runs = _Runs(model=model, stored=stored, open_model=open_model, threads=threads, folder=out_dir)
+    powers = runs.compare(model.path, quantised, taken, None, progress)
     which = "calibration samples that set no range" if fresh else "calibration samples"
     spoilt = {name: power.spoilt for name, power in powers.items() if power.spoilt}
     if spoilt:
@@ -108,7 +112,7 @@ def check(
         return "the quantised model has no float output: its SQNR was not measured"
     measured = powers[worst].sqnr_db
     if measured < min_sqnr_db:
-        suspects = _suspects(runs, original, quantised, taken[:SUSPECT_SAMPLES], seen_as, out_dir)
+        suspects = _suspects(runs, model.path, quantised, taken[:SUSPECT_SAMPLES], seen_as, out_dir)
         raise CalibrationError(
             f"output '{worst}': SQNR {measured:.1f} dB on {len(taken)} {which}; at least {min_sqnr_db:g} dB was "
             f"expected (quantize.min_sqnr_db). Most is lost at {suspects}. Keep these in high precision "
@@ -134,6 +138,8 @@ def pick(stored: int, calibrated_on: Sequence[int], count: int) -> tuple[list[in
 class _Runs:
     """How two models are given the same samples."""
 
+    model: OnnxModel
+    """Whose axes both have."""
     stored: Samples
     open_model: OpenModel
     threads: int
@@ -151,29 +157,35 @@ class _Runs:
     ) -> dict[str, Power]:
         """Sums over ``taken`` by name in the original, of ``pairs`` (its name in the other), default: float outputs."""
         powers: dict[str, Power] = {}
-        waiting: list[tuple[Path, tuple[str, ...]]] = []
+        waiting: list[tuple[list[int], Path, tuple[str, ...]]] = []
         try:
             with closing(self.open_model(original, threads=self.threads)) as reference:
-                for index in taken:
-                    feeds = self.stored.feeds(index)
+                limit, done = 1, 0
+                while done < len(taken):
+                    batch = alike(self.stored, taken[done : done + limit])
+                    feeds = self.stored.batch(batch)
                     made = reference.run(feeds)
                     shown = {name: ({**feeds, **made})[name] for name in (made if pairs is None else pairs)}
                     shown = {name: values for name, values in shown.items() if values.dtype.kind == "f"}
-                    waiting.append((self.folder / f"expected-{index}.npz", tuple(shown)))
-                    np.savez(waiting[-1][0], *shown.values(), allow_pickle=False)
-                    progress(len(waiting), 2 * len(taken))
+                    waiting.append((batch, self.folder / f"expected-{done}.npz", tuple(shown)))
+                    np.savez(waiting[-1][1], *shown.values(), allow_pickle=False)
+                    done += len(batch)
+                    bytes_per_sample = sum(values.nbytes for values in made.values()) // len(batch)
+                    limit = min(BATCH, batch_limit(self.model, bytes_per_sample))
+                    progress(done, 2 * len(taken))
             # What the file means, and not what a runtime's fusions, which take axes for granted, make of it.
             with closing(self.open_model(quantised, threads=self.threads, optimize=False)) as candidate:
-                for done, (index, (path, names)) in enumerate(zip(taken, waiting, strict=True), start=1):
-                    found = candidate.run(self.stored.feeds(index))
+                for batch, path, names in waiting:
+                    found = candidate.run(self.stored.batch(batch))
                     with np.load(path) as expected:
                         for place, name in enumerate(names):
                             other = found[name if pairs is None else pairs[name]]
                             powers.setdefault(name, Power()).add(expected[f"arr_{place}"], other)
                     path.unlink()
-                    progress(len(taken) + done, 2 * len(taken))
+                    done += len(batch)
+                    progress(done, 2 * len(taken))
         finally:
-            for path, _ in waiting:
+            for _, path, _ in waiting:
                 path.unlink(missing_ok=True)
         return powers
 

@@ -135,20 +135,21 @@ def measure(tensor: Array, *, by_channel: bool = False) -> TensorStatistics:
     for start in range(0, upper_halves.size, _CHUNK):
         signed += np.bincount(upper_halves[start : start + _CHUNK], minlength=2 * BINS)
     bins = signed[:BINS] + signed[BINS:]
-    channels = None
+    channels, lows, highs = None, values, values
     if by_channel:
         rows = values.reshape(-1, tensor.shape[-1])
+        lows, highs = rows.min(axis=0, initial=np.inf), rows.max(axis=0, initial=-np.inf)
         channels = Channels(
-            peaks=np.maximum(rows.max(axis=0, initial=0), -rows.min(axis=0, initial=0)),
+            peaks=np.maximum(np.maximum(highs, -lows), np.float32(0)),
             squares=np.einsum("ij,ij->j", rows, rows, dtype=np.float64),
         )
     nan = inf = 0
     if bins[FINITE_BINS:].any():
         nan, inf = int(np.isnan(values).sum()), int(np.isinf(values).sum())
-        values = values[np.isfinite(values)]
+        lows = highs = values[np.isfinite(values)]
     return TensorStatistics(
-        low=float(values.min(initial=np.inf)),
-        high=float(values.max(initial=-np.inf)),
+        low=float(lows.min(initial=np.inf)),
+        high=float(highs.max(initial=-np.inf)),
         count=int(upper_halves.size),
         nan=nan,
         inf=inf,
@@ -208,7 +209,7 @@ def observe(
             if bad := gathered.add(seen):
                 raise _located(stored, batch, runner, sight, bad)
             done += len(batch)
-            limit = _batch_limit(model, sum(values.nbytes for values in seen.values()) // len(batch))
+            limit = batch_limit(model, sum(values.nbytes for values in seen.values()) // len(batch))
             progress(done, len(indices))
     finally:
         runner.close()
@@ -458,7 +459,8 @@ def largest_batch(model: OnnxModel) -> int:
     return max(1, model.axes[axis].opt)
 
 
-def _batch_limit(model: OnnxModel, bytes_per_sample: int) -> int:
+def batch_limit(model: OnnxModel, bytes_per_sample: int) -> int:
+    """How many samples to run together where what is fetched of each takes so many bytes."""
     return max(1, min(largest_batch(model), FETCH_BYTES // max(bytes_per_sample, 1)))
 
 

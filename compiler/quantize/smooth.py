@@ -19,6 +19,7 @@ Why a Mul of its own and not folded into the LayerNormalization before: its outp
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -45,6 +46,9 @@ MOST_SPLIT = 1 / 16
 
 LEAST_GAIN_OF_SPLIT_DB = 3.0
 """Beyond the best that smoothing does; and for each doubling of the channels beyond the first 1 dB more."""
+
+COLUMNS = 512
+"""Of a weight: by so many, evenly spaced, remedies are compared."""
 
 _ANY_GAIN_DB = 0.01
 
@@ -181,23 +185,35 @@ def _ratio(db: float) -> float:
 
 
 class _Products:
-    """What one activation [.., K] is multiplied by, as far as the expected error depends on it."""
+    """What one activation [.., K] is multiplied by, as far as the expected error depends on it.
+
+    What depends on the largest of a column after every division is estimated from `COLUMNS` of them.
+    """
 
     def __init__(self, peaks: Array, mean_squares: Array, sizes: Array) -> None:
-        self._peaks, self._squares, self._sizes = peaks.astype(np.float64), mean_squares, sizes
+        self._peaks, self._squares = peaks.astype(np.float64), mean_squares
         self.rows: Array = sizes.max(axis=1).astype(np.float64)
         """[K]: the largest magnitude of each row of the weight."""
         self._row_squares = np.einsum("kn,kn->k", sizes, sizes, dtype=np.float64)
+        self._sizes = np.ascontiguousarray(sizes[:, :: -(-sizes.shape[1] // COLUMNS)])
+        self._columns = sizes.shape[1] / self._sizes.shape[1]
 
     def of(self, channels: Array) -> _Products:
-        return _Products(self._peaks[channels], self._squares[channels], self._sizes[channels])
+        part = copy.copy(self)
+        part._peaks, part._squares = self._peaks[channels], self._squares[channels]
+        part.rows, part._row_squares, part._sizes = (
+            self.rows[channels],
+            self._row_squares[channels],
+            self._sizes[channels],
+        )
+        return part
 
     def error(self, factors: Array) -> float:
         """See `expected_error`."""
         activation_step = (self._peaks / factors).max() / thresholds.LEVELS
         weight_steps = (self._sizes * factors[:, None].astype(np.float32)).max(axis=0) / thresholds.LEVELS
         of_activation = activation_step**2 * np.sum(self._row_squares * factors**2)
-        of_weight = np.sum(weight_steps**2, dtype=np.float64) * np.sum(self._squares / factors**2)
+        of_weight = self._columns * np.sum(weight_steps**2, dtype=np.float64) * np.sum(self._squares / factors**2)
         return float(of_activation + of_weight) / 12
 
     def best(self, strengths: Sequence[float]) -> tuple[Array, float]:
