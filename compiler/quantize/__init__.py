@@ -12,7 +12,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from compiler import onnx_files
 from compiler.errors import CalibrationError
-from compiler.quantize import auto, fidelity, fp8, groups, half, int8, weights
+from compiler.quantize import auto, biases, fidelity, fp8, groups, half, int8, weights
 from compiler.quantize.formats import Grid
 from compiler.quantize.gram import Source
 from compiler.quantize.observe import Observed, chosen, load, observe
@@ -61,6 +61,7 @@ def quantize(
     observed = load(statistics.path)
     path = out_dir / "model.onnx"
     seen_as: Mapping[str, str] = {}
+    divided: frozenset[str] = frozenset()
     least_db = -math.inf
     if engine.precision in QUANTIZED:
         source = Source(
@@ -71,11 +72,12 @@ def quantize(
             threads=threads,
             out_dir=out_dir,
         )
-        trials = auto.Trials(data, open_model, threads=threads, out_dir=out_dir)
+        trials = auto.Trials(model, data, open_model, threads=threads, out_dir=out_dir)
         # A search makes too many models to gather for each.
         quantised = _round(network, engine, section, observed, model, statistics, trials, source if checked else None)
         source.forget()
         notes, seen_as, observed = list(quantised.notes), quantised.seen_as, quantised.observed
+        divided = quantised.divided
         least_db = section.min_sqnr_db
     elif engine.precision is Precision.FP32:
         notes, checked = [], False
@@ -91,6 +93,7 @@ def quantize(
                 calibrated_on=chosen(data.samples, statistics.samples),
                 min_sqnr_db=least_db,
                 seen_as=seen_as,
+                divided=divided,
                 hints=statistics.notes,
                 open_model=open_model,
                 threads=threads,
@@ -133,7 +136,7 @@ def _round(
     def choose(prepared: int8.Prepared) -> tuple[dict[str, Grid], list[str]]:
         proposed = auto.proposals(
             prepared.placed,
-            observed,
+            prepared.observed,
             percentile=section.percentile,
             symmetric=section.activations != "asymmetric",
         )
@@ -147,7 +150,10 @@ def _round(
         LiftConstantsToInitializersPass(lift_all_constants=True)(copy)
         again = int8.prepare(copy.graph, engine, section, observed)
         macs = sum(group.macs for group in groups.groups(model, statistics))
-        methods, notes = auto.choose(model.path, copy, again.placed, again.grid_of, proposed, trials, macs=macs)
+        centred = biases.wanted(again.placed.nodes, section.correct_bias)
+        methods, notes = auto.choose(
+            copy, again.placed, again.grid_of, proposed, trials, macs=macs, centred=source is not None and centred
+        )
         return {root: proposed[root][method] for root, method in methods.items()}, notes
 
     return int8.convert(

@@ -109,6 +109,8 @@ def explain(
         )  # fmt: skip
     original = beside.prepared(onnx_files.read(model.path)).graph
     flow = _trace_back(original, measured)
+    # What calibration saw of a tensor tells nothing about its channels after factors.
+    observed = {name: statistics for name, statistics in observed.items() if name not in measured.rescaled}
     tensors = _tensors(original, measured, flow, observed, section)
     changes = advice.changes(
         engine,
@@ -374,7 +376,7 @@ def _tensors(
         clipping = measured.clipping.get(name, _Clipping()) if rounding is not None else _Clipping()
         threshold = _threshold(rounding) if rounding is not None else None
         peak = observed[name].peak if name in observed and math.isfinite(observed[name].peak) else None
-        if rounding is not None and rounding.seen_as is None:
+        if rounding is not None and (rounding.seen_as is None or name in measured.rescaled):
             peak = clipping.largest  # of what was made of the tensor, which calibration did not see
         noises = [measured.weights.get(name), measured.rounding.get(name) if rounding is not None else None]
         ratios = [1 / 10 ** (db / 10) for power in noises if (db := _db(power)) is not None]

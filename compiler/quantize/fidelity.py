@@ -8,7 +8,7 @@ is the validation's, on samples that set no range.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +79,7 @@ def check(
     calibrated_on: Sequence[int],
     min_sqnr_db: float,
     seen_as: Mapping[str, str],
+    divided: Collection[str],
     hints: Sequence[str],
     open_model: OpenModel,
     threads: int,
@@ -90,6 +91,7 @@ def check(
     Args:
         calibrated_on: samples that set ranges; others are taken where there are any.
         seen_as: by activation of the original, the tensor of the quantised model that its consumers read instead.
+        divided: names of tensors that are not to be compared: their channels are divided by factors.
         hints: what calibration noticed, for the message.
 
     Raises:
@@ -112,7 +114,7 @@ def check(
         return "the quantised model has no float output: its SQNR was not measured"
     measured = powers[worst].sqnr_db
     if measured < min_sqnr_db:
-        suspects = _suspects(runs, model.path, quantised, taken[:SUSPECT_SAMPLES], seen_as, out_dir)
+        suspects = _suspects(runs, model.path, quantised, taken[:SUSPECT_SAMPLES], seen_as, divided, out_dir)
         raise CalibrationError(
             f"output '{worst}': SQNR {measured:.1f} dB on {len(taken)} {which}; at least {min_sqnr_db:g} dB was "
             f"expected (quantize.min_sqnr_db). Most is lost at {suspects}. Keep these in high precision "
@@ -191,7 +193,13 @@ class _Runs:
 
 
 def _suspects(
-    runs: _Runs, original: Path, quantised: Path, taken: Sequence[int], seen_as: Mapping[str, str], out_dir: Path
+    runs: _Runs,
+    original: Path,
+    quantised: Path,
+    taken: Sequence[int],
+    seen_as: Mapping[str, str],
+    divided: Collection[str],
+    out_dir: Path,
 ) -> str:
     """The tensors at which the ratio falls most from what their makers read, in words."""
     networks = onnx_files.read(original), onnx_files.read(quantised)
@@ -202,6 +210,7 @@ def _suspects(
     products = [node.outputs[0].name for node in networks[0].graph if node.op_type in _MAKERS]
     pairs = {str(name): str(name) for name in products if name in values[1]}
     pairs |= {name: seen for name, seen in seen_as.items() if name in values[0]}
+    pairs = {name: other for name, other in pairs.items() if name not in divided}
     files = []
     for network, known, names, label in zip(
         networks, values, (pairs, pairs.values()), ("original", "quantised"), strict=True
@@ -231,4 +240,5 @@ def _largest_falls(graph: ir.Graph, sqnr_db: Mapping[str, float]) -> str:
             level[output] = after
             falls.append((before - after, before, str(output.name)))
     falls.sort(key=lambda fall: -fall[0])
-    return ", ".join(f"'{name}' ({before:.1f} to {before - fall:.1f} dB)" for fall, before, name in falls[:SUSPECTS])
+    worst = [fall for fall in falls[:SUSPECTS] if fall[0] > 0] or falls[:1]
+    return ", ".join(f"'{name}' ({before:.1f} to {before - fall:.1f} dB)" for fall, before, name in worst)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
 import onnx_ir as ir
 
-from compiler.quantize import biases, gram, groups, placement, qdq, rounding, smooth
+from compiler.quantize import biases, equalize, gram, groups, placement, qdq, rounding, smooth
 from compiler.quantize.formats import INT8, Grid
 from compiler.quantize.gram import Reads, Source
 from compiler.quantize.observe import Observed
@@ -32,7 +33,9 @@ class Prepared:
     observed: Observed
     """The statistics, with those of activations that were made."""
     factors: Mapping[str, Array]
-    """By name of an activation that was made: what each channel of the original was divided by."""
+    """By name of an activation that was made, or changed: what each channel of the original was divided by."""
+    divided: Mapping[str, Array]
+    """The same of every tensor that is not what it is in the original model, under its name."""
 
 
 ChooseMethods: TypeAlias = Callable[["Prepared"], tuple[dict[str, Grid], list[str]]]
@@ -77,9 +80,13 @@ def convert(
     rounded = qdq.insert(model, prepared.placed, grid_of, rest=engine.rest, improve=learner)
     notes += rounding.summary(learner.outcomes) if learner is not None else []
     if source is not None:
-        notes += biases.correct(model, prepared.placed.nodes, source, how=section.correct_bias, macs=macs)
+        notes += biases.correct(
+            model, prepared.placed.nodes, source, how=section.correct_bias, macs=macs, divided=prepared.divided
+        )
     known = {**prepared.observed, **{name: prepared.observed[source] for name, source in rounded.source.items()}}
-    return Quantised(notes=(*notes, *rounded.notes), seen_as=rounded.seen_as, observed=known)
+    return Quantised(
+        notes=(*notes, *rounded.notes), seen_as=rounded.seen_as, observed=known, divided=frozenset(prepared.divided)
+    )
 
 
 def prepare(graph: ir.Graph, engine: EngineSection, section: QuantizeSection, observed: Observed) -> Prepared:
@@ -102,6 +109,8 @@ def prepare(graph: ir.Graph, engine: EngineSection, section: QuantizeSection, ob
             len(everything.weights), "INT8", "Conv, ConvTranspose, Gemm or MatMul with a constant weight"
         )
     rest = qdq.notes_on_the_rest(graph, engine.rest, everything, observed)
+    symmetric = section.activations != "asymmetric"
+    equalised = equalize.equalize(graph, placed, observed, how=section.equalize, symmetric=symmetric)
     smoothed = smooth.NOTHING
     if section.smooth != "off" or section.split != "off":
         smoothed = smooth.smooth(graph, placed, observed, smoothing=section.smooth, splitting=section.split)
@@ -111,12 +120,16 @@ def prepare(graph: ir.Graph, engine: EngineSection, section: QuantizeSection, ob
     notes = [
         f"INT8: {count}{len(placed.activations)} activations ({section.method}); the rest stays {engine.rest.upper()}"
     ]
+    if equalised.gains_db:
+        notes.append(
+            f"channels evened out between convolutions, whole range kept: {len(equalised.gains_db)} activations, expected "
+            f"error {_between(equalised.gains_db)} dB lower"
+        )
     if smoothed.gains_db:
-        gains = sorted({f"{gain:.0f}" for gain in (min(smoothed.gains_db), max(smoothed.gains_db))}, key=float)
         apart = f" ({smoothed.split} of them with channels in high precision)" if smoothed.split else ""
         notes.append(
             f"smoothed for their outlying channels, whole range kept: {len(smoothed.gains_db)} of "
-            f"{len(placed.activations)} activations{apart}, expected error {' to '.join(gains)} dB lower"
+            f"{len(placed.activations)} activations{apart}, expected error {_between(smoothed.gains_db)} dB lower"
         )
     if placed.lookups:
         notes.append(f"embedding tables in INT8, one scale per row: {len({node.inputs[0] for node in placed.lookups})}")
@@ -127,18 +140,29 @@ def prepare(graph: ir.Graph, engine: EngineSection, section: QuantizeSection, ob
             + (", ..." if len(small) > 5 else "")
         )
     notes += rest
-    known = {**observed, **smoothed.made}
+    known = {**observed, **equalised.known, **smoothed.made}
     grid_of = qdq.grids(
         placed,
         known,
         method=section.method,
         percentile=section.percentile,
-        symmetric=section.activations != "asymmetric",
-        whole=smoothed.made,
+        symmetric=symmetric,
+        whole={*equalised.between, *smoothed.made},
     )
     if shifted := sum(grid_of[str(value.name)].zero_point != 0 for value in placed.activations):
         notes.append(f"ranges that are not centred on zero: {shifted} of {len(placed.activations)} activations")
-    return Prepared(placed=placed, grid_of=grid_of, notes=tuple(notes), observed=known, factors=smoothed.factors)
+    return Prepared(
+        placed=placed,
+        grid_of=grid_of,
+        notes=tuple(notes),
+        observed=known,
+        factors={**equalised.between, **smoothed.factors},
+        divided=equalised.outputs,
+    )
+
+
+def _between(gains_db: Sequence[float]) -> str:
+    return " to ".join(sorted({f"{gain:.0f}" for gain in (min(gains_db), max(gains_db))}, key=float))
 
 
 def _small_products(everything: Placement, observed: Observed) -> list[ir.Node]:
@@ -188,7 +212,8 @@ class Learner:
         activation = node.inputs[0]
         factors = self._factors.get(str(activation.name)) if activation is not None else None
         if found is not None and factors is not None:
-            found = found.divided(factors)
+            # Of a convolution a row has every channel once for each position of the kernel.
+            found = found.divided(np.repeat(factors, self._reads[node].width // len(factors)))
         layout = rounding.Layout(channels=axis or 0, groups=self._reads[node].groups if node in self._reads else 1)
         outcome = rounding.round_layer(
             weight, nearest, layout, INT8, found if axis is not None else None, rounding=self._how

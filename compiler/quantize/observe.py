@@ -12,6 +12,7 @@ reduced inside the graph: they tell what FP16 can hold.
 
 from __future__ import annotations
 
+import math
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -58,7 +59,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Channels:
-    """What is known of each place of a tensor's last axis, over all rows that end in it."""
+    """What is known of each place of one axis of a tensor: the last, if products read it; the second, if convolutions do."""
 
     peaks: Array
     """float32 [K]: the largest magnitude."""
@@ -87,7 +88,7 @@ class TensorStatistics:
     bins: Array | None = None
     """int64 [`BINS`]: how many values have each magnitude; see `edges`."""
     channels: Channels | None = None
-    """Of what a matrix product reads."""
+    """Of what a matrix product reads, or what lies between two convolutions."""
 
     def __add__(self, other: TensorStatistics) -> TensorStatistics:
         assert (self.bins is None) == (other.bins is None), "statistics of one kind"
@@ -120,8 +121,8 @@ def edges() -> Array:
     return (np.arange(FINITE_BINS + 1, dtype=np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
-def measure(tensor: Array, *, by_channel: bool = False) -> TensorStatistics:
-    """Statistics, with bins, of one array of any shape; with ``channels`` on request.
+def measure(tensor: Array, *, by_channel: int | None = None) -> TensorStatistics:
+    """Statistics, with bins, of one array of any shape; with ``channels`` of an axis on request.
 
     >>> found = measure(np.array([-3.0, 0.0, 1.0, 1.001, 1.5]))
     >>> found.low, found.high, found.peak, found.count
@@ -136,12 +137,13 @@ def measure(tensor: Array, *, by_channel: bool = False) -> TensorStatistics:
         signed += np.bincount(upper_halves[start : start + _CHUNK], minlength=2 * BINS)
     bins = signed[:BINS] + signed[BINS:]
     channels, lows, highs = None, values, values
-    if by_channel:
-        rows = values.reshape(-1, tensor.shape[-1])
-        lows, highs = rows.min(axis=0, initial=np.inf), rows.max(axis=0, initial=-np.inf)
+    if by_channel is not None:
+        axis = by_channel % tensor.ndim
+        parts = values.reshape(math.prod(tensor.shape[:axis]), tensor.shape[axis], -1)
+        lows, highs = (parts.min(axis=(0, 2), initial=np.inf), parts.max(axis=(0, 2), initial=-np.inf))
         channels = Channels(
             peaks=np.maximum(np.maximum(highs, -lows), np.float32(0)),
-            squares=np.einsum("ij,ij->j", rows, rows, dtype=np.float64),
+            squares=np.einsum("ijk,ijk->j", parts, parts, dtype=np.float64),
         )
     nan = inf = 0
     if bins[FINITE_BINS:].any():
@@ -300,8 +302,8 @@ class _Sight:
     inputs: tuple[str, ...]
     """Float inputs that are not counted: their extremes are taken from the feeds."""
     outputs: tuple[str, ...]
-    products: frozenset[str]
-    """Counted tensors that matrix products read, whose last axis is summed over."""
+    channels: Mapping[str, int]
+    """Counted tensors that are looked at by channel, and the axis of these."""
     convolved: tuple[str, ...]
     """Counted tensors whose axis 1 is made by one output channel of a convolution each."""
 
@@ -311,6 +313,7 @@ def _expose(network: ir.Model, placed: placement.Placement, *, extremes: bool) -
     graph = network.graph
     own = tuple(graph.outputs)
     # Asked before anything is added: what more is read of a convolution hides the Relu that is fused to it.
+    between = placement.pairs(graph, placed)
     convolved = tuple(str(placement.fused_output(node).name) for node in placed.nodes if node.op_type == "Conv")
     if any(output.dtype is None for node in graph for output in node.outputs):
         ShapeInferencePass(check_type=False, strict_mode=False, data_prop=False)(network)
@@ -334,11 +337,14 @@ def _expose(network: ir.Model, placed: placement.Placement, *, extremes: bool) -
             if extremes and value.dtype == ir.DataType.FLOAT and value not in placed.root and not value.is_initializer()
         ),
         outputs=tuple(str(value.name) for value in own if value.dtype == ir.DataType.FLOAT),
-        products=frozenset(
-            str(node.inputs[0].name)
-            for node in placed.nodes
-            if placement.input_rows(node) is not None and node.inputs[0] is not None
-        ),
+        channels={
+            **{str(pair.value.name): 1 for pair in between},
+            **{
+                str(node.inputs[0].name): -1
+                for node in placed.nodes
+                if placement.input_rows(node) is not None and node.inputs[0] is not None
+            },
+        },
         convolved=convolved,
     )
 
@@ -362,7 +368,7 @@ class _Gathered:
     def add(self, seen: Feeds) -> str | None:
         """The name of a tensor that must be finite and is not, in which case nothing more is gathered."""
         for name in self._sight.counted:
-            found = measure(seen[name], by_channel=name in self._sight.products)
+            found = measure(seen[name], by_channel=self._sight.channels.get(name))
             if found.nan or found.inf:
                 return name
             self._merge(name, found)

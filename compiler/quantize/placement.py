@@ -119,6 +119,43 @@ def layers(graph: ir.Graph, *, keep: Collection[ir.Node] = ()) -> tuple[Edge, ..
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """A convolution and those that alone read what it makes: factors of its channels can pass from it to them."""
+
+    maker: ir.Node
+    value: ir.Value
+    """What is read: the output, or that of the Relu that alone reads it."""
+    readers: tuple[ir.Node, ...]
+
+
+def pairs(graph: ir.Graph, placed: Placement) -> tuple[Pair, ...]:
+    """The pairs of ``graph`` whose value ``placed`` rounds, and whose weights are nobody else's."""
+    inside = {value for inner in graph.subgraphs() for node in inner for value in node.inputs}
+    inside |= {value for inner in graph.subgraphs() for value in inner.outputs}
+    found = []
+    for node in graph:
+        value = fused_output(node) if _is(node, {"Conv"}) else None
+        if value is None or placed.root.get(value) is not value or value.is_graph_output() or value in inside:
+            continue
+        activation = value.producer()
+        users = [user for user, _ in value.uses()]
+        if activation is not node and not _is(activation, {"Relu"}):
+            continue
+        if not users or not _owns(node) or not all(user in placed.nodes and _owns(user) for user in users):
+            continue
+        if all(_is(user, {"Conv"}) and _integer(user, "group") in (0, 1) for user in users):
+            found.append(Pair(maker=node, value=value, readers=tuple(dict.fromkeys(users))))
+    return tuple(found)
+
+
+def _owns(node: ir.Node) -> bool:
+    """Whether weight and bias of ``node`` are constants that it alone reads."""
+    return is_matrix(node.inputs[1]) and all(
+        is_constant(value) and len(value.uses()) == 1 for value in node.inputs[1:] if value is not None
+    )
+
+
 def reader(edge: Edge) -> Edge:
     """Where the constant of a layer is read: by the layer itself, or by the Transpose of a matrix that it alone reads, as
     heads do that are tied to a table."""

@@ -37,6 +37,8 @@ class Quantised:
     """As of `Rounded`."""
     observed: Observed
     """The statistics, with those of tensors that were added."""
+    divided: frozenset[str] = frozenset()
+    """Names of tensors whose channels are not those of the original model, but those divided by factors."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,7 +50,7 @@ LEAST_GAIN_OF_SPLIT_DB = 3.0
 COLUMNS = 512
 """Of a weight: by so many, evenly spaced, remedies are compared."""
 
-_ANY_GAIN_DB = 0.01
+ANY_GAIN_DB = 0.01
 
 _FLOOR = 1e-4
 """Channels count as at least this share of the largest, so that a dead one gets a factor that is a number."""
@@ -122,14 +122,28 @@ def smooth(
         if remedy is None:
             continue
         name = _apply(graph, value, nodes, remedy, apart)
-        low, high = (
-            float((np.minimum(peaks_of, max(reach, 0.0)) / remedy.factors).max()) for reach in (-found.low, found.high)
-        )
-        made[name] = TensorStatistics(low=-low, high=high)
+        made[name] = divided(found, remedy.factors)
         factors[name] = remedy.factors
         gains.append(remedy.gain_db)
         split += remedy.split.size > 0
     return Smoothed(made=made, gains_db=tuple(gains), split=split, apart=tuple(apart), factors=factors)
+
+
+def divided(statistics: TensorStatistics, factors: Array) -> TensorStatistics:
+    """Bounds of the extremes of a tensor whose channels are divided by ``factors`` [K].
+
+    >>> from compiler.quantize.observe import Channels
+    >>> channels = Channels(peaks=np.array([1.0, 8.0]), squares=np.ones(2))
+    >>> found = divided(TensorStatistics(low=-2.0, high=8.0, channels=channels), np.array([1.0, 4.0]))
+    >>> found.low, found.high
+    (-1.0, 2.0)
+    """
+    assert statistics.channels is not None, "measured by channel"
+    peaks = statistics.channels.peaks
+    low, high = (
+        float((np.minimum(peaks, max(reach, 0.0)) / factors).max()) for reach in (-statistics.low, statistics.high)
+    )
+    return TensorStatistics(low=-low, high=high)
 
 
 def choose(
@@ -150,16 +164,16 @@ def choose(
     ([1.0, 1.0, 50.0], True)
     """
     ones = np.ones(len(peaks))
-    products = _Products(peaks, mean_squares, np.abs(weight).astype(np.float32))
+    products = Products(peaks, mean_squares, np.abs(weight).astype(np.float32))
     before = products.error(ones)
     if not before > 0:
         return None
     smooths, splits = smoothing != "off", splitting != "off"
     factors, error = products.best(STRENGTHS) if smooths else (ones, before)
-    least_db = LEAST_GAIN_DB if smoothing == "auto" else _ANY_GAIN_DB
+    least_db = LEAST_GAIN_DB if smoothing == "auto" else ANY_GAIN_DB
     best = (factors, error) if before / error >= _ratio(least_db) else (ones, before)
     reach = peaks * products.rows
-    least_db = LEAST_GAIN_OF_SPLIT_DB if splitting == "auto" else _ANY_GAIN_DB
+    least_db = LEAST_GAIN_OF_SPLIT_DB if splitting == "auto" else ANY_GAIN_DB
     for count in SPLITS if splits else ():
         if count > MOST_SPLIT * len(peaks):
             break
@@ -184,21 +198,43 @@ def _ratio(db: float) -> float:
     return float(10 ** (db / 10))
 
 
-class _Products:
+class Products:
     """What one activation [.., K] is multiplied by, as far as the expected error depends on it.
 
     What depends on the largest of a column after every division is estimated from `COLUMNS` of them.
     """
 
-    def __init__(self, peaks: Array, mean_squares: Array, sizes: Array) -> None:
-        self._peaks, self._squares = peaks.astype(np.float64), mean_squares
+    def __init__(
+        self,
+        peaks: Array,
+        mean_squares: Array,
+        sizes: Array,
+        *,
+        row_squares: Array | None = None,
+        positions: Array | None = None,
+        levels: float = thresholds.LEVELS,
+    ) -> None:
+        """
+        Args:
+            peaks: as of `choose`.
+            mean_squares: as of `choose`.
+            sizes: magnitudes of the weight, float32 [K, N]; of a convolution, the largest over the positions of its kernel.
+            row_squares: [K], over all positions; default: of ``sizes``.
+            positions: [N]; default: one.
+            levels: how many steps of the activation its peak is.
+        """
+        self._peaks, self._squares, self._levels = peaks.astype(np.float64), mean_squares, levels
         self.rows: Array = sizes.max(axis=1).astype(np.float64)
         """[K]: the largest magnitude of each row of the weight."""
-        self._row_squares = np.einsum("kn,kn->k", sizes, sizes, dtype=np.float64)
-        self._sizes = np.ascontiguousarray(sizes[:, :: -(-sizes.shape[1] // COLUMNS)])
+        self._row_squares = (
+            np.einsum("kn,kn->k", sizes, sizes, dtype=np.float64) if row_squares is None else row_squares
+        )
+        every = -(-sizes.shape[1] // COLUMNS)
+        self._sizes = np.ascontiguousarray(sizes[:, ::every])
+        self._positions = 1 if positions is None else positions[::every]
         self._columns = sizes.shape[1] / self._sizes.shape[1]
 
-    def of(self, channels: Array) -> _Products:
+    def of(self, channels: Array) -> Products:
         part = copy.copy(self)
         part._peaks, part._squares = self._peaks[channels], self._squares[channels]
         part.rows, part._row_squares, part._sizes = (
@@ -210,10 +246,14 @@ class _Products:
 
     def error(self, factors: Array) -> float:
         """See `expected_error`."""
-        activation_step = (self._peaks / factors).max() / thresholds.LEVELS
+        activation_step = (self._peaks / factors).max() / self._levels
         weight_steps = (self._sizes * factors[:, None].astype(np.float32)).max(axis=0) / thresholds.LEVELS
         of_activation = activation_step**2 * np.sum(self._row_squares * factors**2)
-        of_weight = self._columns * np.sum(weight_steps**2, dtype=np.float64) * np.sum(self._squares / factors**2)
+        of_weight = (
+            self._columns
+            * np.sum(self._positions * weight_steps**2, dtype=np.float64)
+            * np.sum(self._squares / factors**2)
+        )
         return float(of_activation + of_weight) / 12
 
     def best(self, strengths: Sequence[float]) -> tuple[Array, float]:
@@ -237,7 +277,7 @@ def expected_error(peaks: Array, mean_squares: Array, weight: Array, factors: Ar
     Rounding to steps of size d is noise of variance d^2 / 12. That of an activation reaches column n by way of
     W[k, n] factors[k], that of a weight by way of x[k] / factors[k].
     """
-    return _Products(peaks, mean_squares, np.abs(weight).astype(np.float32)).error(factors)
+    return Products(peaks, mean_squares, np.abs(weight).astype(np.float32)).error(factors)
 
 
 def _apply(graph: ir.Graph, value: ir.Value, nodes: Sequence[ir.Node], remedy: Remedy, apart: list[ir.Node]) -> str:

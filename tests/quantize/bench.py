@@ -54,7 +54,9 @@ class Bench:
         out_dir.mkdir()
         return quantize(
             EngineSection(precision=precision, keep=tuple(keep), rest=rest, weights_only=weights_only, block=block),
-            QuantizeSection(**{"method": "minmax", "rounding": "nearest", "correct_bias": "off", **section}),
+            QuantizeSection(
+                **{"method": "minmax", "rounding": "nearest", "correct_bias": "off", "equalize": "off", **section}
+            ),
             self.model,
             self.statistics,
             self.data,

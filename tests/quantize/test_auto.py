@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,7 +26,7 @@ from tests.quantize.bench import NONE, Bench, outputs, sqnr
 from tests.quantize.networks import Net
 
 ENGINE = EngineSection(precision=Precision.INT8)
-SECTION = QuantizeSection(method="minmax", split="off")
+SECTION = QuantizeSection(method="minmax", split="off", equalize="off")
 
 
 def residual(folder: Path) -> Bench:
@@ -155,7 +156,55 @@ def test_ranges_are_chosen_by_what_the_outputs_lose(tmp_path: Path) -> None:
     others = [sqnr(exact, outputs(bench.quantize(method=method), bench.samples[0])) for method in auto.METHODS]
     assert found > max(others) - 0.01
     assert min(others) < 20 < found, "the choice matters"
-    assert any(note.startswith("ranges by measured error on 16 calibration samples: ") for note in model.notes)
+    count = min(auto.SAMPLES, len(bench.samples))
+    assert any(note.startswith(f"ranges by measured error on {count} calibration samples: ") for note in model.notes)
+
+
+def shifted(folder: Path, *, centred: bool, batches: int = 4) -> auto.Trial:
+    """``x W`` beside ``x W + shift``, eight rows of four numbers in each batch."""
+    original, changed = (Net(3), Net(3))
+    for net in (original, changed):
+        net.op("MatMul", ["x", net.weight("w", np.eye(4, dtype=np.float32))], "y" if net is original else "p")
+    changed.op("Add", ["p", "shift"], "y")
+    model = networks.save(original.model({"x": ["batch", 4]}, {"y": ["batch", 4]}), folder / "original.onnx")
+    network = ir.from_proto(changed.model({"x": ["batch", 4], "shift": ["one", 4]}, {"y": ["batch", 4]}))
+    feeds = [{"x": sample["x"]} for sample in networks.normal_samples(batches, 4)]
+    feeds = [{"x": np.repeat(one["x"], 8, axis=0)} for one in feeds]
+    return auto.Trial(feeds, open_model, 1, folder, model.path, network, centred=centred)
+
+
+def test_an_error_that_biases_will_take_back_is_none(tmp_path: Path) -> None:
+    shift = {"shift": np.array([[0.5, -1.0, 0.0, 2.0]], np.float32)}
+    with shifted(tmp_path, centred=False) as trial:
+        counted = trial.error(shift)
+    with shifted(tmp_path, centred=True) as trial:
+        assert trial.error(shift) == pytest.approx([0, 0], abs=1e-6)
+        per_row = {"shift": np.linspace(-1, 1, 32, dtype=np.float32).reshape(8, 4)}
+        assert (trial.error(per_row) > 0.01).all(), "what differs from row to row is an error"
+    assert counted[0] == pytest.approx(counted[1])
+    assert counted.sum() > 0.5
+
+
+def test_errors_are_told_apart_by_halves_of_the_samples(tmp_path: Path) -> None:
+    with shifted(tmp_path, centred=False, batches=3) as trial:
+        first, second = trial.error({"shift": np.ones((1, 4), np.float32)})
+    assert first == pytest.approx(2 * second), "two batches of three, and one"
+
+
+def test_a_range_that_helps_half_of_the_samples_alone_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path, *tail_that_matters())
+    calls: list[Any] = []
+
+    def lopsided(trial: auto.Trial, given: Any) -> Array:
+        calls.append(given)
+        return np.array([1.0, 1.0]) if len(calls) <= len(auto.METHODS) else np.array([0.1, 1.1])
+
+    monkeypatch.setattr(auto.Trial, "error", lopsided)
+    notes = bench.quantize(method="auto").notes
+    assert len(calls) > len(auto.METHODS), "others were tried"
+    assert any("calibration samples: 3 minmax; all minmax: " in note for note in notes), notes
 
 
 def test_the_same_data_give_the_same_ranges(tmp_path: Path) -> None:

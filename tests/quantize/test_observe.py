@@ -88,7 +88,7 @@ def test_statistics_add_up_exactly_in_any_order_and_grouping(a: Array, b: Array,
 
 
 def test_channels_have_their_own_peaks_and_squares() -> None:
-    found = measure(f32([[[1, -5], [2, 0]], [[-3, 1], [0, 0]]]), by_channel=True).channels
+    found = measure(f32([[[1, -5], [2, 0]], [[-3, 1], [0, 0]]]), by_channel=-1).channels
     assert found is not None
     assert found.peaks.tolist() == [3, 5]
     assert found.squares.tolist() == [14, 26]

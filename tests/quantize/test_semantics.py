@@ -30,7 +30,7 @@ from tests.quantize.networks import Net
 SEEDS = range(int(os.environ.get("BUILD_ENGINE_NETWORKS", "12")))
 FORMATS: dict[str, dict[str, Any]] = {
     "int8": {"precision": Precision.INT8},
-    "int8 asymmetric": {"precision": Precision.INT8, "activations": "asymmetric"},
+    "int8 asymmetric": {"precision": Precision.INT8, "activations": "asymmetric", "equalize": "on"},
     "int8 weights": {"precision": Precision.INT8, "weights_only": True},
     "fp8": {"precision": Precision.FP8},
     "fp8 weights": {"precision": Precision.FP8, "weights_only": True},
@@ -293,7 +293,7 @@ def test_every_scale_is_that_of_its_own_tensor(tmp_path: Path, name: str, kind: 
         proto = make(seed)
         samples = sample(proto, 5)
         bench = Bench(_folder(tmp_path, seed), proto, samples)
-        made = onnx.load(bench.quantize(min_sqnr_db=NONE, smooth="off", **FORMATS[kind]).path)
+        made = onnx.load(bench.quantize(min_sqnr_db=NONE, smooth="off", **{**FORMATS[kind], "equalize": "off"}).path)
         stored = reference.constants(made)
         exact = reference.run(proto, {key: np.concatenate([one[key] for one in samples]) for key in samples[0]})
         makers = {output: node for node in proto.graph.node for output in node.output}
@@ -382,7 +382,8 @@ def test_where_sums_are_exact_all_agree_to_the_bit(tmp_path: Path, activations: 
         proto = random_cnn(seed)
         samples = images(proto, 8)
         bench = Bench(_folder(tmp_path, seed), proto, samples[:5])
-        model = bench.quantize(min_sqnr_db=NONE, activations=activations)
+        equalize = "on" if activations == "asymmetric" else "off"
+        model = bench.quantize(min_sqnr_db=NONE, activations=activations, equalize=equalize)
         model = with_scales_of_two(model, tmp_path / f"{seed} exact")
         feeds = {"x": np.concatenate([sample["x"] for sample in samples[5:]]).astype(np.float32)}
         found = computed_by(model, feeds)
