@@ -485,7 +485,7 @@ def test_explain_answers_from_the_artifact_alone(workshop: Workshop) -> None:
         (workshop.folder / name).unlink()
     done = workshop.run("explain", "dist/points", env={"BUILD_ENGINE_CACHE": str(workshop.folder / "none")})
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.match(r"int8: SQNR against FP32 on 16 calibration samples: logits \d+\.\d dB\n", done.stdout)
+    assert re.match(r"int8: SQNR against FP32 on 8 calibration samples: logits \d+\.\d dB\n", done.stdout)
     assert re.search(
         r"^x +input +\d+\.\d % +\d+\.\d +\d+\.\d .*  its own rounding, in steps of 0\.0\d+ *$", done.stdout, re.M
     )
@@ -540,7 +540,7 @@ def test_an_engine_whose_rest_is_in_bf16_is_explained(workshop: Workshop, change
     if done.returncode == 2:
         pytest.skip(done.stderr)
     assert workshop.run("explain", "dist/points").stdout.startswith(
-        "int8: SQNR against FP32 on 16 calibration samples: "
+        "int8: SQNR against FP32 on 8 calibration samples: "
     )
 
 
