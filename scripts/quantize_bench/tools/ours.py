@@ -101,14 +101,16 @@ def _observe(job: Job, _: str, out: Path, model: Any, data: Any) -> tuple[Any, .
 
 
 def _quantize(job: Job, name: str, out: Path, model: Any, data: Any, statistics: Any) -> tuple[Any, ...]:
+    from compiler import backends
     from compiler.backends.onnxruntime import open_model
     from compiler.quantize import quantize
     from compiler.recipe import EngineSection, QuantizeSection
     from compiler.spec import Precision
 
     fields: dict[str, Any] = dict(job.options["engines"][name])
-    section = QuantizeSection(**fields.pop("quantize", {}))
+    asked = QuantizeSection(**fields.pop("quantize", {}))
     engine = EngineSection(**{**fields, "precision": Precision(fields["precision"])})
+    section = backends.decided(asked, engine, "onnxruntime")
     quantised = quantize(
         engine, section, model, statistics, data, open_model=open_model, threads=job.threads, out_dir=out
     )
