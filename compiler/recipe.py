@@ -133,6 +133,8 @@ class QuantizeSection(_Section, frozen=True, kw_only=True):
     """Multiply the few outlying channels of an activation in high precision, as LLM.int8() does."""
     equalize: Switch = "auto"
     """Cross-layer equalisation: even out the channels between two convolutions, where that is expected to help."""
+    attention: Literal["off", "on"] = "off"
+    """Round what products of two activations multiply, too, as TensorRT's fused kernels for attention want it."""
     rounding: Literal["auto", "nearest", "adaround", "gptq", "awq"] = "auto"
     """How weights are rounded. AdaRound and GPTQ choose for each weight whether up or down; AWQ scales INT4's first.
     ``auto`` takes what errs least on samples held out; beside rounded activations, nearest."""

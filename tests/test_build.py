@@ -77,6 +77,7 @@ def test_only_what_depends_on_a_changed_key_is_run_again(workshop: Workshop) -> 
     assert missed("quantize.method=percentile", "quantize.percentile=99.0") == int8
     assert missed("quantize.activations=symmetric") == int8
     assert missed("quantize.equalize=off") == int8
+    assert missed("quantize.attention=on") == int8 | {"observe"}
     assert missed("quantize.activations=asymmetric") == set(), "what it is anyway, on this back end"
     assert missed("engines.1.keep=['*first*']") == int8
     assert missed("latency.blocks=6") == {"latency"}

@@ -64,7 +64,11 @@ def built(name: str, tmp_path: Path, *overrides: str) -> dict[str, Engine]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layers", "overrides"),
-    [("digits", 16, ()), ("resnet50", 54, ()), ("minilm", 48, (f"tensorrt.profiles={PROFILES}".replace("\n", " "),))],
+    [
+        ("digits", 16, ()),
+        ("resnet50", 54, ()),
+        ("minilm", 48, (f"tensorrt.profiles={PROFILES}".replace("\n", " "), "quantize.attention=on")),
+    ],
 )
 def test_every_precision_is_built_and_proved(
     name: str, layers: int, overrides: tuple[str, ...], tmp_path: Path
@@ -83,13 +87,13 @@ def test_every_precision_is_built_and_proved(
         found[label] = dict(proof.by_precision)
         assert len(engine.profiles) == 1 + (name == "minilm")
         assert engine.axes
-    products = {"minilm": 12}.get(name, 0)
+    products = {"minilm": 12}.get(name, 0)  # of two activations, in eight bits too, but where weights alone are rounded
     small = {"digits": 1}.get(name, 0)  # a head of 640 weights
     assert found["fp32"] == {"fp32": layers}
     assert found["fp16"] == {"fp16": layers}
     assert found["bf16"] == {"bf16": layers}
-    assert found["int8"].items() >= {"int8": layers - products - small}.items()
-    assert found["int8-fp16"].items() >= {"int8": layers - products - small}.items()
+    assert found["int8"].items() >= {"int8": layers - small}.items()
+    assert found["int8-fp16"].items() >= {"int8": layers - small}.items()
     assert found["int8-weights"].items() >= {"fp32 x int8": layers - products}.items()
     assert found["int4"].get("fp16 x int4", 0) >= 1
     assert found["fp8"].get("fp8", 0) >= 1

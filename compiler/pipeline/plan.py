@@ -245,6 +245,7 @@ def make(
             "samples": recipe.quantize.samples,
             "min_samples": recipe.quantize.min_samples,
             "extremes": recipe.halved,
+            "attention": recipe.quantize.attention,
         }
         observe = add("observe", {"model": model, "data": data}, sizes)
     built: dict[str, str] = {}

@@ -134,6 +134,7 @@ def _observe(job: Job) -> Statistics:
         threads=job.threads,
         out_dir=job.out_dir,
         extremes=job.recipe.halved,
+        attention=job.recipe.quantize.attention == "on",
         progress=job.progress,
     )
 

@@ -30,8 +30,9 @@ def convert(model: ir.Model, engine: EngineSection, section: QuantizeSection, ob
     """
     graph = model.graph
     keep = placement.match(graph, (*section.keep, *engine.keep))
-    everything = placement.at_products(graph)
-    placed = placement.at_products(graph, keep=keep, barred=qdq.masked(observed))
+    attention = section.attention == "on"
+    everything = placement.at_products(graph, attention=attention)
+    placed = placement.at_products(graph, keep=keep, barred=qdq.masked(observed), attention=attention)
     if not placed.weights:
         raise placement.none_left(
             len(everything.weights), "FP8", "Conv, ConvTranspose, Gemm or MatMul with a constant weight"
@@ -39,7 +40,7 @@ def convert(model: ir.Model, engine: EngineSection, section: QuantizeSection, ob
     raised = opset.require(model, FP8.since, "FP8")
     count = f"{len(placed.nodes)} of {len(everything.nodes)} layers with constant weights and "
     notes = [f"FP8: {count}{len(placed.activations)} activations (whole range); the rest stays {engine.rest.upper()}"]
-    notes += qdq.notes_on_the_rest(graph, engine.rest, everything, observed)
+    notes += qdq.notes_on_the_rest(graph, engine.rest, everything, placed, observed)
     rounded = qdq.insert(model, placed, grids(placed, observed, engine.rest), steps=FP8, rest=engine.rest)
     known = {**observed, **{name: observed[source] for name, source in rounded.source.items()}}
     return Quantised(notes=(*notes, *rounded.notes, *raised), seen_as=rounded.seen_as, observed=known)

@@ -99,23 +99,24 @@ def prepare(graph: ir.Graph, engine: EngineSection, section: QuantizeSection, ob
         CalibrationError: nothing is left to round, or a tensor was not observed.
         RecipeError: a pattern of ``keep`` matches nothing.
     """
-    everything = placement.place(graph)
+    attention = section.attention == "on"
+    everything = placement.place(graph, attention=attention)
     small = _small_products(everything, observed)
     keep = (*placement.match(graph, (*section.keep, *engine.keep)), *small)
     masked = qdq.masked(observed)
-    placed = placement.place(graph, keep=keep, barred=masked)
+    placed = placement.place(graph, keep=keep, barred=masked, attention=attention)
     if not placed.weights:
         raise placement.none_left(
             len(everything.weights), "INT8", "Conv, ConvTranspose, Gemm or MatMul with a constant weight"
         )
-    rest = qdq.notes_on_the_rest(graph, engine.rest, everything, observed)
+    rest = qdq.notes_on_the_rest(graph, engine.rest, everything, placed, observed)
     symmetric = section.activations != "asymmetric"
     equalised = equalize.equalize(graph, placed, observed, how=section.equalize, symmetric=symmetric)
     smoothed = smooth.NOTHING
     if section.smooth != "off" or section.split != "off":
         smoothed = smooth.smooth(graph, placed, observed, smoothing=section.smooth, splitting=section.split)
     if smoothed.made:
-        placed = placement.place(graph, keep=(*keep, *smoothed.apart), barred=masked)
+        placed = placement.place(graph, keep=(*keep, *smoothed.apart), barred=masked, attention=attention)
     count = f"{len(placed.nodes)} of {len(everything.nodes)} layers with constant weights and "
     notes = [
         f"INT8: {count}{len(placed.activations)} activations ({section.method}); the rest stays {engine.rest.upper()}"

@@ -170,6 +170,7 @@ def observe(
     threads: int,
     out_dir: Path,
     extremes: bool = True,
+    attention: bool = False,
     progress: Progress = no_progress,
 ) -> Statistics:
     """Run up to ``samples`` calibration samples, evenly spaced over the set, and store what they show.
@@ -179,6 +180,7 @@ def observe(
     Args:
         extremes: whether to look at tensors that INT8 does not round, too, as FP16 and BF16 ask: it hinders the runtime's
             fusions, and takes half as long again.
+        attention: whether INT8 or FP8 will round what products of two activations multiply.
 
     Raises:
         CalibrationError: fewer than ``min_samples`` samples; samples that are all constant; NaN or Inf in a sample, in
@@ -193,7 +195,7 @@ def observe(
         )
     network = onnx_files.read(model.path)
     LiftConstantsToInitializersPass(lift_all_constants=True)(network)
-    placed = placement.place(network.graph)
+    placed = placement.place(network.graph, attention=attention)
     placement.check_weights(placed)
     sight = _expose(network, placed, extremes=extremes)
     weights = onnx_files.write_graph(network, out_dir / "augmented.onnx")

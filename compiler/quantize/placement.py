@@ -9,9 +9,10 @@ only move or pick values take over the scale of what they read, so rounding them
 FP8 is rounded at the inputs of convolutions and matrix products alone (`at_products`): with 3 bits of mantissa every
 rounding costs the same 31 dB, and no kernel asks for one anywhere else.
 
-Why products of two activations (attention scores, probabilities times values) stay in high precision: measured with
-ONNX Runtime on a CPU with VNNI they are slower in INT8 (12 heads of 32, 128 positions: 0.30 ms against 0.22; of 64, 512
-positions: 3.8 against 3.3), since both operands are rounded on the fly, and probabilities suffer most from few levels.
+Why products of two activations (attention scores, probabilities times values) stay in high precision unless a recipe asks for
+them: measured with ONNX Runtime on a CPU with VNNI they are slower in INT8 (12 heads of 32, 128 positions: 0.30 ms against 0.22;
+of 64, 512 positions: 3.8 against 3.3), since both operands are rounded on the fly, and probabilities suffer most from few levels.
+TensorRT has fused kernels for such an attention, for which both operands of both products must be rounded.
 """
 
 from __future__ import annotations
@@ -71,12 +72,15 @@ class Placement:
         return tuple(dict.fromkeys(node for node, _ in self.weights))
 
 
-def place(graph: ir.Graph, *, keep: Collection[ir.Node] = (), barred: Collection[str] = ()) -> Placement:
+def place(
+    graph: ir.Graph, *, keep: Collection[ir.Node] = (), barred: Collection[str] = (), attention: bool = False
+) -> Placement:
     """Decide what to round in ``graph`` (not in its subgraphs).
 
     Args:
         keep: nodes to leave in high precision.
         barred: names of activations that eight bits cannot hold.
+        attention: whether to round what products of two activations multiply.
     """
     kept = _with_activations(graph, keep)
     weights = [edge for edge in layers(graph, keep=keep) if not _barred(edge[0], barred)]
@@ -91,6 +95,8 @@ def place(graph: ir.Graph, *, keep: Collection[ir.Node] = (), barred: Collection
         joins -= alone
     edges = [(node, 0) for node, _ in weights if _operand((node, 0)) not in root]
     edges += [(node, i) for node in graph if node in joins for i in (0, 1) if _operand((node, i)) not in root]
+    if attention:
+        edges += [edge for edge in _attention(graph, kept, barred) if _operand(edge) not in root]
     root.update((_operand(edge), _operand(edge)) for edge in edges)
     return Placement(
         weights=tuple(weights),
@@ -101,12 +107,35 @@ def place(graph: ir.Graph, *, keep: Collection[ir.Node] = (), barred: Collection
     )
 
 
-def at_products(graph: ir.Graph, *, keep: Collection[ir.Node] = (), barred: Collection[str] = ()) -> Placement:
+def at_products(
+    graph: ir.Graph, *, keep: Collection[ir.Node] = (), barred: Collection[str] = (), attention: bool = False
+) -> Placement:
     """Every constant operand, and every activation that one of them is multiplied by; arguments as of `place`."""
     weights = [edge for edge in layers(graph, keep=keep) if _operand((edge[0], 0)).name not in barred]
     edges = [(node, 0) for node, _ in weights]
+    if attention:
+        edges += _attention(graph, _with_activations(graph, keep), barred)
     root = {_operand(edge): _operand(edge) for edge in edges}
     return Placement(weights=tuple(weights), outputs=(), edges=tuple(edges), root=root)
+
+
+def products_of_activations(graph: ir.Graph) -> tuple[ir.Node, ...]:
+    """The products of two FP32 activations; what has no type is taken for FP32."""
+    return tuple(
+        node
+        for node in graph
+        if _is(node, {"MatMul"})
+        and all(
+            value is not None and not is_constant(value) and value.dtype in (None, ir.DataType.FLOAT)
+            for value in node.inputs
+        )
+        and not _has_weight(node, stored((node, 1)))
+    )
+
+
+def _attention(graph: ir.Graph, kept: Collection[ir.Node], barred: Collection[str]) -> list[Edge]:
+    nodes = [node for node in products_of_activations(graph) if node not in kept and not _barred(node, barred)]
+    return [(node, index) for node in nodes for index in (0, 1)]
 
 
 def layers(graph: ir.Graph, *, keep: Collection[ir.Node] = ()) -> tuple[Edge, ...]:

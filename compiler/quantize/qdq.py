@@ -59,13 +59,18 @@ def masked(observed: Observed) -> frozenset[str]:
     )
 
 
-def notes_on_the_rest(graph: ir.Graph, rest: str, everything: Placement, observed: Observed) -> list[str]:
-    """What could be rounded, as it seems, and is not; ``everything``: what would be, if nothing held a mask."""
+def notes_on_the_rest(
+    graph: ir.Graph, rest: str, everything: Placement, placed: Placement, observed: Observed
+) -> list[str]:
+    """What could be rounded, as it seems, and is not; ``everything``: what would be, if nothing held a mask or were kept."""
     notes = []
     products = sum(node.op_type == "MatMul" and node.domain == "" for node in graph)
     products -= sum(node.op_type == "MatMul" for node in everything.nodes)
-    if products:
-        notes.append(f"{products} products of two activations stay {rest.upper()}")
+    rounded = len({node for node, index in placed.edges if index == 1 and node.op_type == "MatMul"})
+    if rounded:
+        notes.append(f"both operands of {rounded} products of two activations are rounded")
+    if products > rounded:
+        notes.append(f"{products - rounded} products of two activations stay {rest.upper()}")
     return notes + [
         f"tensor '{name}' holds mask values ({observed[name].low:.3g}): what reads it is not rounded"
         for name in sorted(masked(observed) & {str(value.name) for value in everything.activations})

@@ -35,7 +35,14 @@ def int8(
     model = networks.save(proto, folder / "model.onnx")
     data = networks.calibration(folder / "data", samples)
     statistics = observe(
-        model, data, samples=64, min_samples=1, open_model=open_model, threads=1, out_dir=folder / "observed"
+        model,
+        data,
+        samples=64,
+        min_samples=1,
+        open_model=open_model,
+        threads=1,
+        out_dir=folder / "observed",
+        attention="attention" in section,
     )
     return quantize(
         EngineSection(precision=Precision.INT8, rest=rest),
@@ -192,6 +199,20 @@ def test_a_float_model_is_left_alone(tmp_path: Path) -> None:
     before = ir.to_proto(network).SerializeToString(deterministic=True)
     assert lowering.lower(network) == []
     assert ir.to_proto(network).SerializeToString(deterministic=True) == before
+
+
+@pytest.mark.parametrize("activations", ["symmetric", "asymmetric"])
+def test_attention_in_eight_bits_is_the_same_numbers(tmp_path: Path, activations: str) -> None:
+    proto, samples = CASES["transformer"]
+    model = int8(tmp_path, proto, samples, attention="on", activations=activations)
+    path = lowered(model, tmp_path / "lowered.onnx")
+    for feeds in far(samples):
+        expected = run(model.path, feeds)
+        for optimize in (False, True):
+            assert np.allclose(expected, run(path, feeds, optimize=optimize), atol=0.02 * np.abs(expected).max())
+    assert np.array_equal(
+        run(model.path, samples[0]), run(lowered(model, tmp_path / "u.onnx", lowering.to_unsigned), samples[0])
+    )
 
 
 @pytest.mark.parametrize("rest", ["fp16", "bf16"])

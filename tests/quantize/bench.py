@@ -25,7 +25,9 @@ NONE = -1000.0
 class Bench:
     """One model with its calibration set, observed."""
 
-    def __init__(self, folder: Path, proto: onnx.ModelProto, samples: Sequence[Mapping[str, Array]]) -> None:
+    def __init__(
+        self, folder: Path, proto: onnx.ModelProto, samples: Sequence[Mapping[str, Array]], *, attention: bool = False
+    ) -> None:
         self.folder, self.proto, self.samples = folder, proto, samples
         self.model: OnnxModel = networks.save(proto, folder / "model.onnx", probe=samples[0])
         self.data: CalibrationSet = networks.calibration(folder / "data", samples)
@@ -38,6 +40,7 @@ class Bench:
             open_model=open_model,
             threads=1,
             out_dir=folder / "observed",
+            attention=attention,
         )
 
     def quantize(

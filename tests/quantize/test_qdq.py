@@ -372,6 +372,65 @@ def test_products_of_two_activations_are_counted(block: OnnxModel) -> None:
     assert "2 products of two activations stay FP32" in block.notes
 
 
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def attention(tmp_path: Path) -> Bench:
+    return Bench(tmp_path, networks.transformer_block(), networks.masked_samples(24), attention=True)
+
+
+@pytest.mark.parametrize("precision", [Precision.INT8, Precision.FP8])
+def test_attention_is_rounded_on_request_each_operand_for_itself(attention: Bench, precision: Precision) -> None:
+    off, on = (attention.quantize(precision=precision, attention=how, smooth="off") for how in ("off", "on"))
+    made_by = {name: node for node in graph(on).node for name in node.output}
+    products = {node.output[0]: node for node in graph(on).node if node.output[0] in ("scores", "mixed")}
+    operands = [made_by[name] for node in products.values() for name in node.input]
+    assert [node.op_type for node in operands] == ["DequantizeLinear"] * 4
+    rounded = [made_by[made_by[node.input[0]].input[0]].output[0] for node in operands]
+    assert rounded == ["q_t", "k_t", "weights", "v_t"]
+    assert "both operands of 2 products of two activations are rounded" in on.notes
+    assert not any("products of two activations stay" in note for note in on.notes)
+    # Scores, which hold a mask further on, are read as they are; so is what Softmax reads.
+    assert not {"scores", "scaled", "kept"} & {
+        node.input[0] for node in graph(on).node if node.op_type == "QuantizeLinear"
+    }
+    assert not any(name.endswith("_t_dequantized") for node in graph(off).node for name in node.output)
+    exact = outputs(attention.model, attention.samples[0])
+    assert sqnr(exact, outputs(on, attention.samples[0])) > (30 if precision is Precision.INT8 else 20)
+
+
+def test_probabilities_reach_from_zero_to_their_peak(attention: Bench) -> None:
+    stored = constants(attention.quantize(attention="on", activations="asymmetric", smooth="off"))
+    assert stored["weights_quantized_zero_point"] == -128
+    assert stored["weights_quantized_scale"] <= 1.0001 / 255
+
+
+def test_a_product_of_activations_can_be_kept(attention: Bench) -> None:
+    model = attention.quantize(attention="on", keep=["mixed"], smooth="off")
+    assert "both operands of 1 products of two activations are rounded" in model.notes
+    assert "1 products of two activations stay FP32" in model.notes
+    mixed = next(node for node in graph(model).node if node.output[0] == "mixed")
+    assert list(mixed.input) == ["weights", "v_t"]
+
+
+def test_attention_that_calibration_did_not_look_at_is_refused(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, networks.transformer_block(), networks.masked_samples(24))
+    assert "no statistics of it" in bench.refusal(attention="on")
+
+
+def test_attention_with_wrong_scales_is_refused(attention: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = qdq.grids
+
+    def wrong(*args: Any, **kwargs: Any) -> dict[str, Grid]:
+        found = right(*args, **kwargs)
+        return {**found, "weights": Grid(scale=found["weights"].scale * np.float32(32))}
+
+    assert attention.quantize(attention="on", min_sqnr_db=25.0).notes
+    monkeypatch.setattr(qdq, "grids", wrong)
+    assert "output 'y': SQNR" in attention.refusal(attention="on", min_sqnr_db=25.0)
+
+
 def test_samples_that_set_no_range_are_preferred_for_the_comparison(tmp_path: Path) -> None:
     bench = Bench(tmp_path, networks.convolution(), networks.normal_samples(30, 4, 8, 8))
     bench.statistics = replace(bench.statistics, samples=24)

@@ -30,7 +30,7 @@ from tests.quantize.networks import Net
 SEEDS = range(int(os.environ.get("BUILD_ENGINE_NETWORKS", "12")))
 FORMATS: dict[str, dict[str, Any]] = {
     "int8": {"precision": Precision.INT8},
-    "int8 asymmetric": {"precision": Precision.INT8, "activations": "asymmetric", "equalize": "on"},
+    "int8 asymmetric": {"precision": Precision.INT8, "activations": "asymmetric", "equalize": "on", "attention": "on"},
     "int8 weights": {"precision": Precision.INT8, "weights_only": True},
     "fp8": {"precision": Precision.FP8},
     "fp8 weights": {"precision": Precision.FP8, "weights_only": True},
@@ -255,7 +255,7 @@ def test_every_node_computes_what_its_definition_says(tmp_path: Path, name: str,
     for seed in SEEDS:
         proto = make(seed)
         samples = sample(proto, 6)
-        bench = Bench(_folder(tmp_path, seed), proto, samples[:5])
+        bench = Bench(_folder(tmp_path, seed), proto, samples[:5], attention="attention" in FORMATS[kind])
         model = bench.quantize(min_sqnr_db=NONE, **FORMATS[kind])
         wrong, count = disagreements(model, samples[5])
         assert not wrong, (seed, wrong)
@@ -292,7 +292,7 @@ def test_every_scale_is_that_of_its_own_tensor(tmp_path: Path, name: str, kind: 
     for seed in SEEDS:
         proto = make(seed)
         samples = sample(proto, 5)
-        bench = Bench(_folder(tmp_path, seed), proto, samples)
+        bench = Bench(_folder(tmp_path, seed), proto, samples, attention="attention" in FORMATS[kind])
         made = onnx.load(bench.quantize(min_sqnr_db=NONE, smooth="off", **{**FORMATS[kind], "equalize": "off"}).path)
         stored = reference.constants(made)
         exact = reference.run(proto, {key: np.concatenate([one[key] for one in samples]) for key in samples[0]})
