@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import threading
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path, PurePosixPath
@@ -22,6 +23,9 @@ T = TypeVar("T")
 
 _NUMBER = "$float"
 """``{"$float": "nan"}``: JSON has no word for a number that is not finite."""
+
+_CONVERTING = threading.Lock()
+"""msgspec looks at a type when it first meets it, and another thread that meets it meanwhile ends the process."""
 
 
 def dump(value: Any, base: Path) -> bytes:
@@ -55,7 +59,8 @@ def load(data: bytes, kind: type[T], base: Path) -> T:
 
     try:
         tree = json.loads(data)
-        value = msgspec.convert(_numbers(tree), kind, dec_hook=hook)
+        with _CONVERTING:
+            value = msgspec.convert(_numbers(tree), kind, dec_hook=hook)
     except (ValueError, RecursionError, msgspec.MsgspecError) as exc:
         raise ValueError(f"not a {kind.__name__}: {exc}") from exc
     if not _kept(tree, json.loads(dump(value, base))):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -242,3 +244,37 @@ def test_a_nested_key_that_nobody_knows_is_refused() -> None:
     tree["inputs"][0]["layout"] = "NCHW"
     with pytest.raises(ValueError, match=r"^not a Engine: it holds something that a Engine does not have$"):
         codec.load(json.dumps(tree).encode(), Engine, BASE)
+
+
+def test_threads_that_meet_a_kind_together_all_read_it() -> None:
+    """In a process of its own: msgspec has met no kind there, and what this is about ends the process."""
+    code = """
+import threading, time
+from pathlib import Path
+import msgspec._utils
+from compiler import codec
+from compiler.spec import Outcome, Verdict
+
+look = msgspec._utils.get_class_annotations
+
+def slowly(*arguments):
+    time.sleep(0.05)
+    return look(*arguments)
+
+msgspec._utils.get_class_annotations = slowly
+verdict = Verdict(engine="int8", engine_sha256="0", outcome=Outcome.PASS, gates=())
+data, read = codec.dump(verdict, Path("/x")), []
+
+def load(after):
+    time.sleep(after)
+    read.append(codec.load(data, Verdict, Path("/x")) == verdict)
+
+threads = [threading.Thread(target=load, args=(0.02 * number,)) for number in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(read.count(True))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "8\n"), done.stderr
