@@ -13,6 +13,24 @@ from typing import Any
 
 import pytest
 
+
+@pytest.fixture(scope="session", autouse=True)
+def denormal_numbers() -> None:
+    """ONNX Runtime's first session in a process decides whether the thread that opens it knows denormal numbers from then on.
+    An engine is opened without; tests of every float must not depend on which test comes first."""
+    import numpy as np
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["y"])], "g", [value], [helper.make_tensor_value_info("y", 1, [1])]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert np.finfo(np.float64).smallest_subnormal > 0
+
+
 MODEL = '''\
 """A two-layer classifier of points; its labels are what the original says, so the original is always right."""
 
