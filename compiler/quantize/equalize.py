@@ -39,10 +39,9 @@ LEAST_GAIN_DB = 1.0
 class Equalised:
     """What `equalize` did."""
 
-    between: dict[str, Array]
-    """By name of what lies between convolutions, float32 [C]: what its channels are divided by."""
-    outputs: dict[str, Array]
-    """The same by name of everything that is divided, the outputs of convolutions before a Relu among it."""
+    factors: dict[str, Array]
+    """By name of a tensor float32 [C], what its channels are divided by: what lies between convolutions, and, where a Relu makes
+    it, the output of the convolution before."""
     known: dict[str, TensorStatistics]
     """Bounds of their extremes."""
     gains_db: tuple[float, ...]
@@ -56,7 +55,7 @@ def equalize(graph: ir.Graph, placed: Placement, observed: Observed, *, how: Swi
         how: ``auto``: where `LEAST_GAIN_DB` are expected; ``on``: wherever the error falls at all.
         symmetric: whether activations are rounded around zero.
     """
-    found = Equalised(between={}, outputs={}, known={}, gains_db=())
+    found = Equalised(factors={}, known={}, gains_db=())
     gains = []
     for pair in placement.pairs(graph, placed) if how != "off" else ():
         name = str(pair.value.name)
@@ -68,14 +67,13 @@ def equalize(graph: ir.Graph, placed: Placement, observed: Observed, *, how: Swi
             continue
         _apply(graph, pair, factors)
         gains.append(gain_db)
-        found.between[name] = factors
         found.known[name] = smooth.divided(statistics, factors)
         output = str(pair.maker.outputs[0].name)
-        found.outputs[name] = found.outputs[output] = factors
+        found.factors[name] = found.factors[output] = factors
         if output != name and output in observed:
             least = float(factors.min())
             found.known[output] = TensorStatistics(low=observed[output].low / least, high=observed[output].high / least)
-    return Equalised(between=found.between, outputs=found.outputs, known=found.known, gains_db=tuple(gains))
+    return Equalised(factors=found.factors, known=found.known, gains_db=tuple(gains))
 
 
 def choose(statistics: TensorStatistics, weights: Sequence[Array], *, symmetric: bool) -> tuple[Array, float]:

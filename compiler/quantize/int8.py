@@ -33,9 +33,7 @@ class Prepared:
     observed: Observed
     """The statistics, with those of activations that were made."""
     factors: Mapping[str, Array]
-    """By name of an activation that was made, or changed: what each channel of the original was divided by."""
-    divided: Mapping[str, Array]
-    """The same of every tensor that is not what it is in the original model, under its name."""
+    """By name of a tensor that was made, or changed: what each channel of the original was divided by."""
 
 
 ChooseMethods: TypeAlias = Callable[["Prepared"], tuple[dict[str, Grid], list[str]]]
@@ -81,11 +79,11 @@ def convert(
     notes += rounding.summary(learner.outcomes) if learner is not None else []
     if source is not None:
         notes += biases.correct(
-            model, prepared.placed.nodes, source, how=section.correct_bias, macs=macs, divided=prepared.divided
+            model, prepared.placed.nodes, source, how=section.correct_bias, macs=macs, divided=prepared.factors
         )
     known = {**prepared.observed, **{name: prepared.observed[source] for name, source in rounded.source.items()}}
     return Quantised(
-        notes=(*notes, *rounded.notes), seen_as=rounded.seen_as, observed=known, divided=frozenset(prepared.divided)
+        notes=(*notes, *rounded.notes), seen_as=rounded.seen_as, observed=known, divided=frozenset(prepared.factors)
     )
 
 
@@ -148,7 +146,7 @@ def prepare(graph: ir.Graph, engine: EngineSection, section: QuantizeSection, ob
         method=section.method,
         percentile=section.percentile,
         symmetric=symmetric,
-        whole={*equalised.between, *smoothed.made},
+        whole={*equalised.factors, *smoothed.made},
     )
     if shifted := sum(grid_of[str(value.name)].zero_point != 0 for value in placed.activations):
         notes.append(f"ranges that are not centred on zero: {shifted} of {len(placed.activations)} activations")
@@ -157,8 +155,7 @@ def prepare(graph: ir.Graph, engine: EngineSection, section: QuantizeSection, ob
         grid_of=grid_of,
         notes=tuple(notes),
         observed=known,
-        factors={**equalised.between, **smoothed.factors},
-        divided=equalised.outputs,
+        factors={**equalised.factors, **smoothed.factors},
     )
 
 

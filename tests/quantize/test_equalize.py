@@ -78,8 +78,8 @@ def test_the_function_stays_and_the_channels_become_even(tmp_path: Path, options
     bench = Bench(tmp_path, uneven(**options), networks.normal_samples(24, 3, 10, 10))
     network, found = equalised(bench)
     name = "between" if options.get("between", "Relu") else "made"
-    assert list(found.between) == [name]
-    assert found.between[name] / found.between[name][0] == pytest.approx(FACTORS, rel=1.0)
+    assert list(found.factors) == list(dict.fromkeys([name, "made"]))
+    assert found.factors[name] / found.factors[name][0] == pytest.approx(FACTORS, rel=1.0)
     value = next(v for node in network.graph for v in node.outputs if v.name == name)
     value.dtype = ir.DataType.FLOAT
     network.graph.outputs.append(value)
@@ -146,7 +146,7 @@ def test_even_channels_are_left_alone(tmp_path: Path) -> None:
     bench = Bench(
         tmp_path, net.model({"x": ["batch", 3, 8, 8]}, {"y": ["batch", 4, 8, 8]}), networks.normal_samples(16, 3, 8, 8)
     )
-    assert equalised(bench)[1].between == {}
+    assert equalised(bench)[1].factors == {}
 
 
 def pairs_of(proto: onnx.ModelProto) -> list[str]:
@@ -174,7 +174,7 @@ def test_only_what_passes_factors_on_is_a_pair() -> None:
 
 
 def test_off_means_off(bench: Bench) -> None:
-    assert equalised(bench, "off")[1].between == {}
+    assert equalised(bench, "off")[1].factors == {}
 
 
 # --- those who compare with the original ----------------------------------------------------------------------------
