@@ -133,6 +133,8 @@ class QuantizeSection(_Section, frozen=True, kw_only=True):
     """Multiply the few outlying channels of an activation in high precision, as LLM.int8() does."""
     equalize: Switch = "auto"
     """Cross-layer equalisation: even out the channels between two convolutions, where that is expected to help."""
+    joins: Literal["auto", "own", "shared"] = "auto"
+    """Whether the two tensors that an addition joins in INT8 share a scale; ``auto``: where the back end gains by it."""
     attention: Literal["off", "on"] = "off"
     """Round what products of two activations multiply, too, as TensorRT's fused kernels for attention want it."""
     rounding: Literal["auto", "nearest", "adaround", "gptq", "awq"] = "auto"

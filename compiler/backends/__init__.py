@@ -15,7 +15,7 @@ from compiler.spec import Engine, OnnxModel, Platform, Precision, Progress, Runn
 
 
 class Backend(Protocol):
-    """What a member of `NAMES` offers. The first six load nothing heavy."""
+    """What a member of `NAMES` offers. The first seven load nothing heavy."""
 
     @property
     def NAME(self) -> str: ...  # noqa: N802
@@ -26,6 +26,10 @@ class Backend(Protocol):
     @property
     def ZERO_POINTS(self) -> bool:  # noqa: N802
         """Whether it takes activations whose zero point is not 0."""
+
+    @property
+    def SHARED_JOINS(self) -> bool:  # noqa: N802
+        """Whether its kernels gain where both operands of an addition have one scale."""
 
     def unavailable(self) -> str | None:
         """Why this back end cannot build here and what to do, or None where it can. Never raises."""
@@ -121,21 +125,25 @@ def choose(engine: EngineSection, section: TensorRTSection | None = None) -> tup
 
 
 def decided(section: QuantizeSection, engine: EngineSection, name: str) -> QuantizeSection:
-    """``section`` without ``activations = "auto"``: decided for ``engine``, which the back end of that name builds.
+    """``section`` without ``activations`` and ``joins`` as ``auto``: decided for ``engine``, which the back end of that name
+    builds.
 
     Raises:
         RecipeError: it asks for ranges that this back end does not take.
     """
     if not engine.ranged:
         return section
-    takes = get(name).ZERO_POINTS
+    backend = get(name)
+    takes = backend.ZERO_POINTS
     if section.activations == "asymmetric" and not takes:
         raise RecipeError(
             f"quantize.activations: engine '{engine.label}', backend '{name}', does not take \"asymmetric\": zero points must "
             'be 0. Write "auto", or "symmetric".'
         )
-    auto = "asymmetric" if takes else "symmetric"
-    return msgspec.structs.replace(section, activations=auto if section.activations == "auto" else section.activations)
+    auto = {"activations": "asymmetric" if takes else "symmetric", "joins": "shared" if backend.SHARED_JOINS else "own"}
+    return msgspec.structs.replace(
+        section, **{key: how for key, how in auto.items() if getattr(section, key) == "auto"}
+    )
 
 
 def _refusal(engine: EngineSection, name: str) -> str | None:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 NAME = "onnxruntime"
 PRECISIONS = frozenset(Precision)
 ZERO_POINTS = True
+SHARED_JOINS = False
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"

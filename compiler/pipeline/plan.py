@@ -337,7 +337,7 @@ def _quantize_section(recipe: Recipe, engine: EngineSection, backend: str) -> Ma
     if engine.precision not in QUANTIZED:
         return {}
     if not engine.ranged:
-        for key in ("method", "activations", "smooth", "split", "equalize", "correct_bias"):
+        for key in ("method", "activations", "joins", "smooth", "split", "equalize", "correct_bias"):
             del section[key]
     if not engine.ranged or recipe.quantize.method != "percentile":
         del section["percentile"]

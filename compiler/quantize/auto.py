@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from compiler import onnx_files
 from compiler.data import Samples
-from compiler.quantize import switches, thresholds
+from compiler.quantize import qdq, switches, thresholds
 from compiler.quantize.formats import Grid
 from compiler.quantize.observe import Observed, alike, chosen, largest_batch
 from compiler.quantize.placement import Placement
@@ -158,8 +158,8 @@ def proposals(
         CalibrationError: one of them was not observed.
     """
     found: dict[str, dict[str, Grid]] = {}
-    for root in dict.fromkeys(str(placed.root[value].name) for value in placed.activations):
-        statistics = observed.get(root)
+    for value in dict.fromkeys(placed.root[value] for value in placed.activations):
+        root, statistics = str(value.name), qdq.range_of(placed, value, observed)
         if statistics is None or statistics.bins is None:
             continue
         by_method = {

@@ -91,18 +91,18 @@ def prepare(graph: ir.Graph, engine: EngineSection, section: QuantizeSection, ob
     """Take outliers out of the activations of ``graph``, in place, and decide what to round to which grid.
 
     Args:
-        section: in which ``activations`` is decided; ``auto``: symmetric, which every back end takes.
+        section: in which ``activations`` and ``joins`` are decided; ``auto``: symmetric, and scales of their own.
 
     Raises:
         CalibrationError: nothing is left to round, or a tensor was not observed.
         RecipeError: a pattern of ``keep`` matches nothing.
     """
-    attention = section.attention == "on"
+    attention, one_scale = section.attention == "on", section.joins == "shared"
     everything = placement.place(graph, attention=attention)
     small = _small_products(everything, observed)
     keep = (*placement.match(graph, (*section.keep, *engine.keep)), *small)
     masked = qdq.masked(observed)
-    placed = placement.place(graph, keep=keep, barred=masked, attention=attention)
+    placed = placement.place(graph, keep=keep, barred=masked, attention=attention, one_scale=one_scale)
     if not placed.weights:
         raise placement.none_left(
             len(everything.weights), "INT8", "Conv, ConvTranspose, Gemm or MatMul with a constant weight"
@@ -114,7 +114,8 @@ def prepare(graph: ir.Graph, engine: EngineSection, section: QuantizeSection, ob
     if section.smooth != "off" or section.split != "off":
         smoothed = smooth.smooth(graph, placed, observed, smoothing=section.smooth, splitting=section.split)
     if smoothed.made:
-        placed = placement.place(graph, keep=(*keep, *smoothed.apart), barred=masked, attention=attention)
+        keep = (*keep, *smoothed.apart)
+        placed = placement.place(graph, keep=keep, barred=masked, attention=attention, one_scale=one_scale)
     count = f"{len(placed.nodes)} of {len(everything.nodes)} layers with constant weights and "
     notes = [
         f"INT8: {count}{len(placed.activations)} activations ({section.method}); the rest stays {engine.rest.upper()}"
@@ -139,6 +140,9 @@ def prepare(graph: ir.Graph, engine: EngineSection, section: QuantizeSection, ob
             + (", ..." if len(small) > 5 else "")
         )
     notes += rest
+    if placed.shared:
+        together = sum(len(values) for values in placed.shared.values())
+        notes.append(f"one scale for what is added: {together} activations have {len(placed.shared)} scales")
     known = {**observed, **equalised.known, **smoothed.made}
     grid_of = qdq.grids(
         placed,

@@ -4,7 +4,8 @@ A convolution is rounded at its input, its weight and its output after the activ
 one integer kernel only of what stands between a DequantizeLinear and a QuantizeLinear. A matrix product is rounded at
 its inputs only; its sums stay in high precision. An addition is rounded where it joins two branches of such a chain,
 so that the chain stays in eight bits; one that ends in a Softmax or a LayerNormalization is left alone. Operators that
-only move or pick values take over the scale of what they read, so rounding them again changes nothing.
+only move or pick values take over the scale of what they read, so rounding them again changes nothing. On request both
+operands of an addition have one scale, so that a kernel can add their steps as they are.
 
 FP8 is rounded at the inputs of convolutions and matrix products alone (`at_products`): with 3 bits of mantissa every
 rounding costs the same 31 dB, and no kernel asks for one anywhere else.
@@ -19,8 +20,8 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -58,7 +59,9 @@ class Placement:
     edges: tuple[Edge, ...]
     """Activations rounded for one consumer alone, because others want them as they are."""
     root: dict[ir.Value, ir.Value]
-    """The activation whose scale a rounded one takes: itself, or what was moved to make it."""
+    """The activation whose scale a rounded one takes: itself, what was moved to make it, or what it is added to."""
+    shared: Mapping[ir.Value, tuple[ir.Value, ...]] = field(default_factory=dict)
+    """By root whose scale is that of several activations, made on their own: all of them, itself the first."""
 
     @property
     def activations(self) -> tuple[ir.Value, ...]:
@@ -73,7 +76,12 @@ class Placement:
 
 
 def place(
-    graph: ir.Graph, *, keep: Collection[ir.Node] = (), barred: Collection[str] = (), attention: bool = False
+    graph: ir.Graph,
+    *,
+    keep: Collection[ir.Node] = (),
+    barred: Collection[str] = (),
+    attention: bool = False,
+    one_scale: bool = False,
 ) -> Placement:
     """Decide what to round in ``graph`` (not in its subgraphs).
 
@@ -81,6 +89,7 @@ def place(
         keep: nodes to leave in high precision.
         barred: names of activations that eight bits cannot hold.
         attention: whether to round what products of two activations multiply.
+        one_scale: whether both operands of an addition are to have the same scale.
     """
     kept = _with_activations(graph, keep)
     weights = [edge for edge in layers(graph, keep=keep) if not _barred(edge[0], barred)]
@@ -98,12 +107,14 @@ def place(
     if attention:
         edges += [edge for edge in _attention(graph, kept, barred) if _operand(edge) not in root]
     root.update((_operand(edge), _operand(edge)) for edge in edges)
+    shared = _share([node for node in graph if node in joins], root) if one_scale else {}
     return Placement(
         weights=tuple(weights),
         lookups=lookups(graph, weights, keep=keep),
         outputs=tuple(outputs),
         edges=tuple(edges),
         root=root,
+        shared=shared,
     )
 
 
@@ -379,6 +390,17 @@ def _with_activations(graph: ir.Graph, keep: Collection[ir.Node]) -> set[ir.Node
     """``keep``, and what the activations among them are fused to: neither is rounded without the other."""
     kept = set(keep)
     return kept | {node for node in graph if _is(node, CONVOLUTIONS | {"Add"}) and _fused_activation(node) in kept}
+
+
+def _share(joins: Sequence[ir.Node], root: dict[ir.Value, ir.Value]) -> dict[ir.Value, tuple[ir.Value, ...]]:
+    """Give the operands of each of ``joins`` one root; returns by root that several have now what their own were."""
+    members: dict[ir.Value, tuple[ir.Value, ...]] = {value: (value,) for value in root.values()}
+    for node in joins:
+        first, second = (root[_operand((node, index))] for index in (0, 1))
+        if first is not second:
+            members[first] += members.pop(second)
+            root.update((value, first) for value, of in root.items() if of is second)
+    return {value: of for value, of in members.items() if len(of) > 1}
 
 
 def _wanted(

@@ -8,8 +8,10 @@ products share one, ONNX Runtime leaves both in float and takes ten times as lon
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -20,7 +22,7 @@ from compiler.errors import CalibrationError
 from compiler.onnx_files import FreeNames
 from compiler.quantize import placement, thresholds
 from compiler.quantize.formats import INT8, Grid, Steps, in_rest
-from compiler.quantize.observe import Observed
+from compiler.quantize.observe import Observed, TensorStatistics
 from compiler.quantize.placement import Edge, Placement
 from compiler.spec import Array
 
@@ -100,13 +102,24 @@ def grids(
     for value in placed.activations:
         root = str(placed.root[value].name)
         if root not in by_root:
-            statistics = observed.get(root)
+            statistics = range_of(placed, placed.root[value], observed)
             if statistics is None or (statistics.bins is None and root not in whole):
                 raise not_observed(root)
             how = "minmax" if root in whole else method
             by_root[root] = thresholds.grid(statistics, method=how, percentile=percentile, symmetric=symmetric)
         found[str(value.name)] = by_root[root]
     return found
+
+
+def range_of(placed: Placement, root: ir.Value, observed: Observed) -> TensorStatistics | None:
+    """What was seen of all that take the scale of ``root``; None where that is not known."""
+    names = [str(value.name) for value in placed.shared.get(root, (root,))]
+    if any(name not in observed for name in names):
+        return None
+    if len(names) == 1:
+        return observed[names[0]]
+    # Of several tensors, channels would mean nothing.
+    return functools.reduce(operator.add, (replace(observed[name], channels=None) for name in names))
 
 
 def not_observed(name: str) -> CalibrationError:

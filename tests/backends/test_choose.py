@@ -240,6 +240,20 @@ def test_whether_ranges_are_symmetric_is_for_the_back_end_to_say(asked: Any, bac
     assert (decided.activations, decided.samples) == (found, 7)
 
 
+@pytest.mark.parametrize(
+    ("asked", "backend", "found"),
+    [
+        ("auto", "onnxruntime", "own"),
+        ("auto", "tensorrt", "shared"),
+        ("auto", "tensorrt_rtx", "shared"),
+        ("own", "tensorrt_rtx", "own"),
+        ("shared", "onnxruntime", "shared"),
+    ],
+)
+def test_whether_joins_share_a_scale_is_for_the_recipe_to_say(asked: Any, backend: str, found: str) -> None:
+    assert backends.decided(QuantizeSection(joins=asked), section(), backend).joins == found
+
+
 def test_ranges_that_a_back_end_does_not_take_are_refused() -> None:
     asked = QuantizeSection(activations="asymmetric")
     with pytest.raises(RecipeError) as caught:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from onnx import numpy_helper
 
@@ -20,7 +21,7 @@ from compiler.backends.onnxruntime import open_model
 from compiler.errors import CalibrationError, RecipeError
 from compiler.quantize import fidelity, observe, placement, qdq, quantize, smooth, thresholds
 from compiler.quantize.formats import Grid
-from compiler.quantize.observe import load
+from compiler.quantize.observe import TensorStatistics, load
 from compiler.recipe import EngineSection, QuantizeSection
 from compiler.spec import Array, OnnxModel, Precision
 from tests.quantize import networks, reference
@@ -609,6 +610,60 @@ def test_after_a_relu_an_asymmetric_range_begins_at_zero(tmp_path: Path) -> None
 def test_auto_is_symmetric_for_whoever_does_not_say_which_back_end(tmp_path: Path) -> None:
     bench = Bench(tmp_path, networks.residual(), networks.normal_samples(8, 3, 16, 16))
     assert set(zero_points(bench.quantize(activations="auto")).values()) == {0}
+
+
+# --- additions ------------------------------------------------------------------------------------------------------
+
+
+def scales_of_joins(model: OnnxModel) -> dict[str, list[tuple[float, int]]]:
+    """By name of what an Add makes: scale and zero point of each operand."""
+    stored, nodes = constants(model), graph(model).node
+    made_by = {name: node for node in nodes for name in node.output}
+    found = {}
+    for node in nodes:
+        makers = [made_by[name] for name in node.input if name in made_by] if node.op_type == "Add" else []
+        if len(makers) == 2 and {maker.op_type for maker in makers} == {"DequantizeLinear"}:
+            found[node.output[0]] = [(float(stored[m.input[1]]), int(stored[m.input[2]])) for m in makers]
+    return found
+
+
+@pytest.mark.parametrize("method", ["minmax", "mse", "auto"])
+@pytest.mark.parametrize("activations", ["symmetric", "asymmetric"])
+def test_what_is_added_has_one_scale_on_request(tmp_path: Path, method: str, activations: str) -> None:
+    bench = Bench(tmp_path, networks.residual(), networks.normal_samples(24, 3, 16, 16))
+    own = scales_of_joins(bench.quantize(method=method, activations=activations))
+    model = bench.quantize(method=method, activations=activations, joins="shared")
+    shared = scales_of_joins(model)
+    assert own.keys() == shared.keys() == {"b0_sum", "b1_sum"}
+    assert all(first != second for first, second in own.values())
+    assert all(first == second for first, second in shared.values())
+    assert "one scale for what is added: 4 activations have 2 scales" in model.notes
+    if method == "minmax" and activations == "symmetric":
+        for name, scales in shared.items():
+            assert scales[0] == max(own[name]), "all of both"
+
+
+def test_one_scale_reaches_through_what_is_added_twice() -> None:
+    """``a + b`` and ``b + c``: all three have the scale of ``a``; what a pool moves has that of what it reads."""
+    net = Net()
+    for name in "abc":
+        net.conv("x", name, (4, 4))
+    pooled = net.op("MaxPool", [net.op("Add", ["a", "b"], "ab")], "pooled", kernel_shape=[1, 1])
+    net.op("Add", [net.op("Add", ["b", "c"], "bc"), pooled], "sum")
+    net.op("Relu", [net.conv("sum", "last", (4, 4))], "y")
+    proto = net.model({"x": ["batch", 4, 8, 8]}, {"y": ["batch", 4, 8, 8]})
+    placed = placement.place(ir.from_proto(proto).graph, one_scale=True)
+    root = {value.name: of.name for value, of in placed.root.items()}
+    assert {root["a"], root["b"], root["c"]} == {"a"}
+    assert root["pooled"] == root["ab"] == root["bc"]
+    together = {value.name: {one.name for one in of} for value, of in placed.shared.items()}
+    assert together == {"a": {"a", "b", "c"}, root["bc"]: {"ab", "bc"}}
+    observed = {name: TensorStatistics(low=-float(place), high=1.0) for place, name in enumerate("abc")}
+    first = next(value for value in placed.shared if value.name == "a")
+    found = qdq.range_of(placed, first, observed)
+    assert found is not None and (found.low, found.high) == (-2.0, 1.0)
+    del observed["c"]
+    assert qdq.range_of(placed, first, observed) is None
 
 
 def test_the_range_of_what_smoothing_made_holds_all_of_it(tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ class TensorRT:
     """Distributions that make up the builder."""
     PRECISIONS: frozenset[Precision] = frozenset(Precision)
     ZERO_POINTS: bool = False
+    SHARED_JOINS: bool = True
 
     def unavailable(self) -> str | None:
         return self._not_installed() if self.NAME == options.RTX else self.cannot_run()
