@@ -165,7 +165,15 @@ def export(
     )
 
 
-def open_original(recipe: Recipe, sources: Sources, *, compiled: bool, threads: int, open_model: OpenModel) -> Runner:
+def open_original(
+    recipe: Recipe,
+    sources: Sources,
+    *,
+    compiled: bool,
+    threads: int,
+    open_model: OpenModel,
+    sample: Feeds | None = None,
+) -> Runner:
     """The original in FP32 as a `Runner`; ``compiled``: by `torch.compile`, which compiles at the first run of a shape.
 
     An ONNX source runs in ONNX Runtime with its optimisations off.
@@ -176,6 +184,7 @@ def open_original(recipe: Recipe, sources: Sources, *, compiled: bool, threads: 
         compiled: whether to compile. The runner's first call then raises `ExportError` where compiling fails.
         threads: of the CPU, for the whole process; 0: all that it may use.
         open_model: opens an ONNX source.
+        sample: shows the outputs' shapes; default: the first that the user's data yields, which may take its time.
 
     Raises:
         ExportError: the model cannot be built, or there is nothing to compile.
@@ -191,7 +200,7 @@ def open_original(recipe: Recipe, sources: Sources, *, compiled: bool, threads: 
         model_path = sources.model_path
         return _at("", lambda: open_model(model_path, threads=threads, optimize=False))  # type: ignore[no-any-return]
     runner = _TorchRunner(_load(recipe, sources, []), recipe, threads=threads)
-    samples = first_samples(recipe, sources, 1)
+    samples = first_samples(recipe, sources, 1) if sample is None else [sample]
     runner.outputs = _at("", lambda: _output_specs(runner, recipe, samples))
     if compiled:
         runner.compile()

@@ -82,11 +82,13 @@ def docstrings() -> list[tuple[str, str]]:
 
 
 def statements(tree: ast.AST) -> Iterator[ast.AST]:
-    """``tree`` and every statement in it; not its expressions, as `ast.walk` does."""
-    yield tree
-    for field in ("body", "orelse", "finalbody", "handlers", "cases"):
-        for child in getattr(tree, field, ()):
-            yield from statements(child)
+    """``tree`` and every statement in it; not its expressions, as `ast.walk` does. In no order."""
+    left = [tree]
+    while left:
+        node = left.pop()
+        yield node
+        for field in ("body", "orelse", "finalbody", "handlers", "cases"):
+            left.extend(getattr(node, field, ()))
 
 
 def tokenize(texts: Sequence[str]) -> dict[str, NDArray[np.int64]]:

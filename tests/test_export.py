@@ -312,6 +312,14 @@ def test_a_mask_of_infinities_is_no_broken_weight(tmp_path: Path) -> None:
     export.open_original(case.recipe, case.sources, compiled=False, threads=1, open_model=open_model)
 
 
+def test_with_a_sample_at_hand_the_users_data_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = _case(tmp_path, _net("return self.fc(x)"))
+    monkeypatch.setattr(export, "first_samples", lambda *args: pytest.fail("calibration() may take its time"))
+    options: dict[str, Any] = {"compiled": False, "threads": 1, "open_model": open_model}
+    runner = export.open_original(case.recipe, case.sources, **options, sample={"x": np.zeros((1, 3), np.float32)})
+    assert [spec.name for spec in runner.outputs] == ["output_0"]
+
+
 def test_a_keyword_argument_takes_any_input(tmp_path: Path) -> None:
     case = _case(
         tmp_path, "class Net(Linear):\n    def forward(self, **inputs):\n        return self.fc(inputs['x'])\n"

@@ -276,14 +276,19 @@ def _latency(job: Job) -> Latencies:
     }
     candidates: dict[str, Runner] = {}
     notes: list[str] = []
+    samples = Samples(job.inputs["data"].validation.path)
 
     def original(*, compiled: bool) -> Runner:
         return export.open_original(
-            job.recipe, job.sources, compiled=compiled, threads=job.threads, open_model=open_model
+            job.recipe,
+            job.sources,
+            compiled=compiled,
+            threads=job.threads,
+            open_model=open_model,
+            sample=samples.feeds(0),
         )
 
     candidates["eager"] = original(compiled=False)
-    samples = Samples(job.inputs["data"].validation.path)
     axis = batch_axis(job.recipe.inputs)
 
     def feeds_at(batch: int) -> Feeds:
