@@ -66,6 +66,9 @@ confidence."""
 TIMED = 4
 """Points that are timed, FP32 and the chosen among them."""
 
+KEPT_BYTES = 1 << 30
+"""Engines of points stay on disk up to this size, all together: those that are timed need not be made again."""
+
 
 class Workshop(Protocol):
     """What makes and measures engines: the stages, as the pipeline hands them in."""
@@ -100,6 +103,7 @@ class Workshop(Protocol):
 class _Tried:
     """One mixture that was scored."""
 
+    key: str
     precision: Precision
     keep: frozenset[str]
     measured: dict[str, float]
@@ -251,6 +255,8 @@ class _Run:
         """The noise that rounding a group alone leaves."""
         self._limit_s = 60 * section.minutes
         self._longest_s = 0.0
+        self._built: dict[str, Engine] = {}
+        """What is kept of `KEPT_BYTES`."""
 
     # --- time -------------------------------------------------------------------------------------------------------
 
@@ -294,7 +300,7 @@ class _Run:
             return self.tried[key]
 
         def measure() -> dict[str, Any]:
-            with self._opened(make) as (engine, runner):
+            with self._opened(make, key) as (engine, runner):
                 scores = self._workshop.score(engine, runner)
                 verdict = self._workshop.judge(engine, scores)
                 named = {gate.metric for gate in self.budget}
@@ -309,6 +315,7 @@ class _Run:
 
         found = self._measured(key, measure)
         self.tried[key] = _Tried(
+            key=key,
             precision=Precision(found["precision"]),
             keep=keep,
             measured=found["measured"],
@@ -324,17 +331,22 @@ class _Run:
         return min(self._workshop.noise(engine, runner, NOISE_SAMPLES), _MOST_NOISE)
 
     @contextmanager
-    def _opened(self, make: Callable[[Path], OnnxModel]) -> Iterator[tuple[Engine, Runner]]:
-        """An engine in a folder of its own, gone afterwards."""
-        folder = Path(tempfile.mkdtemp(dir=self.scratch))
-        try:
-            for part in ("model", "engine"):
-                (folder / part).mkdir()
-            engine = self._workshop.build(make(folder / "model"), folder / "engine")
-            with closing(self._workshop.open(engine)) as runner:
-                yield engine, runner
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    def _opened(self, make: Callable[[Path], OnnxModel], key: str | None = None) -> Iterator[tuple[Engine, Runner]]:
+        """An engine in a folder of its own, gone afterwards; that of a point, of which there is a ``key``, if there is no room."""
+        with ExitStack() as stack:
+            engine = self._built.get(key) if key is not None else None
+            if engine is None:
+                folder = Path(tempfile.mkdtemp(dir=self.scratch))
+                stack.callback(shutil.rmtree, folder, ignore_errors=True)
+                for part in ("model", "engine"):
+                    (folder / part).mkdir()
+                engine = self._workshop.build(make(folder / "model"), folder / "engine")
+                shutil.rmtree(folder / "model")
+                kept_bytes = sum(kept.size_bytes for kept in self._built.values())
+                if key is not None and kept_bytes + engine.size_bytes <= KEPT_BYTES:
+                    self._built[key] = engine
+                    stack.pop_all()
+            yield engine, stack.enter_context(closing(self._workshop.open(engine)))
 
     # --- the order in which groups are kept -------------------------------------------------------------------------
 
@@ -458,7 +470,8 @@ class _Run:
         def measure() -> dict[str, dict[str, tuple[float, float]]]:
             with ExitStack() as stack:
                 runners = {
-                    str(place): stack.enter_context(self._opened(one.make))[1] for place, one in enumerate(finalists)
+                    str(place): stack.enter_context(self._opened(one.make, one.key))[1]
+                    for place, one in enumerate(finalists)
                 }
                 taken = self._workshop.time(runners)
             return {name: {str(batch): pair for batch, pair in of.items()} for name, of in taken.items()}

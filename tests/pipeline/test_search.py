@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+import compiler.pipeline.search
 from compiler.errors import CalibrationError
-from compiler.pipeline.search import search
+from compiler.pipeline.search import TIMED, search
 from compiler.quantize.groups import Group
 from compiler.recipe import GateSection, SearchSection
 from compiler.spec import (
@@ -67,6 +68,7 @@ class Fake:
     later: float = 1.0
     """... and how many times that from the fifth on: no early measurement tells how long all will take."""
     clock: float = 0.0
+    built: list[str] = field(default_factory=list)
     measured: list[str] = field(default_factory=list)
     """What was scored or looked at alone, in order."""
     timed: int = 0
@@ -81,6 +83,7 @@ class Fake:
         return self._model(json.dumps(rounded), Precision.INT8, out_dir)
 
     def build(self, model: OnnxModel, out_dir: Path) -> Engine:
+        self.built.append(model.sha256)
         (out_dir / "engine.onnx").write_text(model.sha256)
         size = sum(
             group.weight_bytes // (4 if group.keep[0] in self._rounded(model.sha256) else 1) for group in self.groups
@@ -209,6 +212,20 @@ def test_the_mixture_that_is_known_to_be_best_is_found_and_thinned(tmp_path: Pat
     ]  # fmt: skip
     costs = {group.keep[0]: group.macs for group in EIGHT}
     assert min(everything, key=lambda keep: sum(costs[name] for name in keep)) == BEST
+
+
+def test_what_is_timed_is_not_made_again_while_there_is_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def built(folder: str) -> list[str]:
+        fake = Fake(EIGHT, NOISES, has_switches=True)
+        assert found(fake, tmp_path / folder).point.keep == BEST
+        return fake.built
+
+    once = built("a")
+    assert len(set(once)) == len(once)
+    monkeypatch.setattr(compiler.pipeline.search, "KEPT_BYTES", sum(group.weight_bytes for group in EIGHT))
+    again = built("b")
+    assert set(again) == set(once)
+    assert len(again) == len(once) + TIMED - 1, "there was room for FP32 alone"
 
 
 def test_noises_that_are_had_at_once_are_not_measured_one_by_one(tmp_path: Path) -> None:
