@@ -19,6 +19,7 @@ from compiler.errors import RecipeError
 from compiler.pipeline.measures import user_measures
 from compiler.quantize import switches
 from compiler.quantize.groups import Group
+from compiler.quantize.rounding import Learning
 from compiler.recipe import EngineSection, GateSection, LatencySection
 from compiler.spec import (
     Array,
@@ -180,6 +181,18 @@ class Workshop:
             return samples.feeds(0)
         return samples.batch([index % len(samples) for index in range(batch)])
 
+    @cached_property
+    def _learning(self) -> Learning:
+        job = self._job
+        return quantize.learn(
+            job.inputs["model"],
+            job.inputs["statistics"],
+            job.inputs["data"].calibration,
+            open_model=open_model,
+            threads=job.threads,
+            out_dir=job.out_dir,
+        )
+
     def _quantised(self, engine: EngineSection, out_dir: Path) -> OnnxModel:
         job = self._job
         return quantize.quantize(
@@ -192,6 +205,7 @@ class Workshop:
             threads=job.threads,
             out_dir=out_dir,
             checked=False,
+            learning=self._learning,
         )
 
     def _named_measures(self) -> dict[str, dict[str, accuracy.Measure]]:

@@ -17,6 +17,7 @@ from compiler.quantize.formats import Grid
 from compiler.quantize.gram import Source
 from compiler.quantize.observe import Observed, chosen, load, observe
 from compiler.quantize.qdq import Quantised
+from compiler.quantize.rounding import Learning
 from compiler.recipe import QUANTIZED, EngineSection, QuantizeSection
 from compiler.spec import (
     CalibrationSet,
@@ -28,7 +29,7 @@ from compiler.spec import (
     no_progress,
 )
 
-__all__ = ["observe", "quantize"]
+__all__ = ["learn", "observe", "quantize"]
 
 
 def quantize(
@@ -42,10 +43,15 @@ def quantize(
     threads: int,
     out_dir: Path,
     checked: bool = True,
+    learning: Learning | None = None,
     progress: Progress = no_progress,
 ) -> OnnxModel:
-    """``model`` in the precision of ``engine``; a quantised one is compared with the original before it is handed on,
-    unless not ``checked``: a search measures better than that, and rounds weights to nearest. FP32 is the model as it is.
+    """``model`` in the precision of ``engine``; a quantised one is compared with the original before it is handed on. FP32 is
+    the model as it is.
+
+    Args:
+        checked: whether it is compared: a search measures better than that.
+        learning: on this model; what is learnt is added to it. Default: forgotten at the end.
 
     Raises:
         CalibrationError: the statistics are another model's; there is nothing to round; a weight is not finite; or the
@@ -64,18 +70,11 @@ def quantize(
     divided: frozenset[str] = frozenset()
     least_db = -math.inf
     if engine.precision in QUANTIZED:
-        source = Source(
-            model=model,
-            data=data,
-            samples=statistics.samples,
-            open_model=open_model,
-            threads=threads,
-            out_dir=out_dir,
-        )
+        known = learning or learn(model, statistics, data, open_model=open_model, threads=threads, out_dir=out_dir)
         trials = auto.Trials(model, data, open_model, threads=threads, out_dir=out_dir)
-        # A search makes too many models to gather for each.
-        quantised = _round(network, engine, section, observed, model, statistics, trials, source if checked else None)
-        source.forget()
+        quantised = _round(network, engine, section, observed, model, statistics, trials, known)
+        if learning is None:
+            known.source.forget()
         notes, seen_as, observed = list(quantised.notes), quantised.seen_as, quantised.observed
         divided = quantised.divided
         least_db = section.min_sqnr_db
@@ -116,6 +115,32 @@ def quantize(
     )
 
 
+def learn(
+    model: OnnxModel,
+    statistics: Statistics,
+    data: CalibrationSet,
+    *,
+    open_model: OpenModel,
+    threads: int,
+    out_dir: Path,
+) -> Learning:
+    """Where `quantize` learns how to round ``model``; nothing is learnt yet.
+
+    Args:
+        out_dir: for models that are run meanwhile; it must stay as long as what is returned is used.
+    """
+    return Learning(
+        source=Source(
+            model=model,
+            data=data,
+            samples=statistics.samples,
+            open_model=open_model,
+            threads=threads,
+            out_dir=out_dir,
+        )
+    )
+
+
 def _round(
     network: ir.Model,
     engine: EngineSection,
@@ -124,12 +149,12 @@ def _round(
     model: OnnxModel,
     statistics: Statistics,
     trials: auto.Trials,
-    source: Source | None,
+    learning: Learning,
 ) -> Quantised:
     """Round ``network``, which is ``model``, in place, as `engine` asks."""
     LiftConstantsToInitializersPass(lift_all_constants=True)(network)
     if engine.weights_only or engine.precision is Precision.INT4:
-        return weights.convert(network, engine, section, observed, source)
+        return weights.convert(network, engine, section, observed, learning)
     if engine.precision is Precision.FP8:
         return fp8.convert(network, engine, section, observed)
 
@@ -151,11 +176,9 @@ def _round(
         again = int8.prepare(copy.graph, engine, section, observed)
         macs = sum(group.macs for group in groups.groups(model, statistics))
         centred = biases.wanted(again.placed.nodes, section.correct_bias)
-        methods, notes = auto.choose(
-            copy, again.placed, again.grid_of, proposed, trials, macs=macs, centred=source is not None and centred
-        )
+        methods, notes = auto.choose(copy, again.placed, again.grid_of, proposed, trials, macs=macs, centred=centred)
         return {root: proposed[root][method] for root, method in methods.items()}, notes
 
     return int8.convert(
-        network, engine, section, observed, choose=choose if section.method == "auto" else None, source=source
+        network, engine, section, observed, choose=choose if section.method == "auto" else None, learning=learning
     )

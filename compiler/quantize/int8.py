@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import TypeAlias
 
 import numpy as np
@@ -11,10 +12,11 @@ import onnx_ir as ir
 
 from compiler.quantize import biases, equalize, gram, groups, placement, qdq, rounding, smooth
 from compiler.quantize.formats import INT8, Grid
-from compiler.quantize.gram import Reads, Source
+from compiler.quantize.gram import Reads
 from compiler.quantize.observe import Observed
 from compiler.quantize.placement import Edge, Placement
 from compiler.quantize.qdq import Quantised
+from compiler.quantize.rounding import Learning
 from compiler.recipe import EngineSection, QuantizeSection
 from compiler.spec import Array
 
@@ -47,24 +49,23 @@ def convert(
     observed: Observed,
     *,
     choose: ChooseMethods | None = None,
-    source: Source | None = None,
+    learning: Learning,
 ) -> Quantised:
     """Round ``model`` in place.
 
     Args:
         choose: what finds better grids for ``prepare``'s.
-        source: of ``model`` as it is now, and samples, for a learned rounding of weights and the correction of biases; None:
-            to nearest, and none. ``rounding = "auto"`` is to nearest too: beside the rounding of activations that of
-            weights in 8 bits hardly counts (digits: 4 to 9 dB less at every layer's output, 0.1 to 0.4 dB at the model's).
+        learning: on ``model`` as it is now, of the rounding of weights, and by its samples of the correction of biases.
+            ``rounding = "auto"`` is to nearest: beside the rounding of activations that of weights in 8 bits hardly counts
+            (digits: 4 to 9 dB less at every layer's output, 0.1 to 0.4 dB at the model's).
 
     Raises:
         CalibrationError: nothing is left to round, a weight is not finite, or the opset is too old.
         RecipeError: a pattern of ``keep`` matches nothing.
     """
     reads = _reads(model.graph)
-    macs = (
-        sum(groups.macs(node, observed, source.samples) for node, _ in placement.layers(model.graph)) if source else 0.0
-    )
+    source = learning.source
+    macs = sum(groups.macs(node, observed, source.samples) for node, _ in placement.layers(model.graph))
     prepared = prepare(model.graph, engine, section, observed)
     grid_of, notes = dict(prepared.grid_of), list(prepared.notes)
     if choose is not None:
@@ -73,14 +74,13 @@ def convert(
         roots = {str(value.name): str(prepared.placed.root[value].name) for value in prepared.placed.activations}
         grid_of |= {name: chosen[root] for name, root in roots.items() if root in chosen}
     learner = None
-    if source is not None and section.rounding not in ("auto", "nearest"):
-        learner = Learner(prepared, section.rounding, reads, source)
+    if section.rounding not in ("auto", "nearest"):
+        learner = Learner(prepared, section.rounding, reads, learning)
     rounded = qdq.insert(model, prepared.placed, grid_of, rest=engine.rest, improve=learner)
     notes += rounding.summary(learner.outcomes) if learner is not None else []
-    if source is not None:
-        notes += biases.correct(
-            model, prepared.placed.nodes, source, how=section.correct_bias, macs=macs, divided=prepared.factors
-        )
+    notes += biases.correct(
+        model, prepared.placed.nodes, source, how=section.correct_bias, macs=macs, divided=prepared.factors
+    )
     known = {**prepared.observed, **{name: prepared.observed[source] for name, source in rounded.source.items()}}
     return Quantised(
         notes=(*notes, *rounded.notes), seen_as=rounded.seen_as, observed=known, divided=frozenset(prepared.factors)
@@ -200,25 +200,35 @@ class Learner:
         prepared: Prepared,
         how: rounding.Rounding,
         reads: Mapping[ir.Node, Reads],
-        source: Source,
+        learning: Learning,
     ) -> None:
         nodes = [node for node, _ in prepared.placed.weights if node in reads]
         self.outcomes: list[rounding.Outcome] = []
         self._how, self._reads, self._factors = how, reads, prepared.factors
-        self._grams = zip(nodes, source.stream([[reads[node]] for node in nodes]), strict=True)
+        self._known = learning.outcomes
+        self._grams = zip(nodes, learning.source.stream([[reads[node]] for node in nodes]), strict=True)
 
     def __call__(self, edge: Edge, weight: Array, nearest: tuple[Array, Array], axis: int | None) -> Array:
-        node, found = edge[0], None
-        if node in self._reads:
-            found = next(grams for other, grams in self._grams if other is node).get(self._reads[node])
+        node = edge[0]
         activation = node.inputs[0]
         factors = self._factors.get(str(activation.name)) if activation is not None else None
+        changed = [sha256(array.tobytes()).digest() for array in (weight, nearest[1], factors) if array is not None]
+        key = (self._how, node.name, axis, *changed)
+        if key not in self._known:
+            self._known[key] = self._learn(node, weight, nearest, axis, factors)
+        self.outcomes.append(self._known[key])
+        return self._known[key].steps
+
+    def _learn(
+        self, node: ir.Node, weight: Array, nearest: tuple[Array, Array], axis: int | None, factors: Array | None
+    ) -> rounding.Outcome:
+        found = None
+        if node in self._reads:
+            found = next(grams for other, grams in self._grams if other is node).get(self._reads[node])
         if found is not None and factors is not None:
             # Of a convolution a row has every channel once for each position of the kernel.
             found = found.divided(np.repeat(factors, self._reads[node].width // len(factors)))
         layout = rounding.Layout(channels=axis or 0, groups=self._reads[node].groups if node in self._reads else 1)
-        outcome = rounding.round_layer(
+        return rounding.round_layer(
             weight, nearest, layout, INT8, found if axis is not None else None, rounding=self._how
         )
-        self.outcomes.append(outcome)
-        return outcome.steps

@@ -16,15 +16,15 @@ has their matrix.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import numpy as np
 
 from compiler.quantize import adaround, gptq
 from compiler.quantize.formats import Steps
-from compiler.quantize.gram import Gram, damped, error
+from compiler.quantize.gram import Gram, Source, damped, error
 from compiler.spec import Array
 
 LEAST_GAIN_DB = 0.1
@@ -79,6 +79,18 @@ class Outcome:
     how: str
     gain_db: float | None
     """How much less the layer's outputs err than with nearest, on samples held out; None where nothing is known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """Where roundings are learnt, and what is known already: a search rounds the same weights for many models."""
+
+    source: Source
+    """Of the exact model: of one only, as what is known is."""
+    outcomes: dict[Hashable, Outcome] = field(default_factory=dict)
+    """By all that they follow from, in the words of who asked."""
+    factors: dict[Hashable, tuple[Array, float]] = field(default_factory=dict)
+    """The same of AWQ's: factors, and what they gain in dB."""
 
 
 def round_layer(

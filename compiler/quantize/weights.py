@@ -24,7 +24,7 @@ There is no zero point, and one DequantizeLinear for all readers of a weight tha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +38,7 @@ from compiler.quantize.gram import Gram, Reads, Source
 from compiler.quantize.observe import Observed, TensorStatistics
 from compiler.quantize.placement import Edge
 from compiler.quantize.qdq import Quantised
-from compiler.quantize.rounding import Layout, Outcome, Rounding
+from compiler.quantize.rounding import Layout, Learning, Outcome, Rounding
 from compiler.recipe import EngineSection, QuantizeSection
 from compiler.spec import Array, Precision
 
@@ -84,29 +84,21 @@ class _Form:
     block: int | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Learning:
-    """How weights are rounded by what their layers read."""
-
-    method: Rounding
-    source: Source | None
-
-
 def convert(
     model: ir.Model,
     engine: EngineSection,
     section: QuantizeSection,
     observed: Observed,
-    source: Source | None = None,
+    learning: Learning,
 ) -> Quantised:
     """Round weights of ``model`` in place.
 
     Args:
-        model: as ``source`` has it; only what `convert` itself adds may have other names.
+        model: the one of ``learning``, as it is there.
         engine: what is asked.
         section: how.
         observed: the statistics of its tensors.
-        source: of Gram matrices; None: whatever ``section.rounding`` says, to nearest.
+        learning: of the rounding of its weights.
 
     Raises:
         CalibrationError: nothing is left to round, a weight is not finite, or the opset is too old.
@@ -137,17 +129,15 @@ def convert(
         tied = f" (layers that share one: {heads})" if heads else ""
         notes.append(f"embedding tables in INT8, one scale per row: {len(tables)}{tied}")
     method, why = _method(section.rounding, steps)
-    method = method if source is not None else "nearest"
     stores, known = _stores(forms, learned=method != "nearest"), dict(observed)
     if method == "auto":
         sizes = [math.prod(store.shape) * store.reads[0].width for store in stores if store.reads]
         method, more = _affordable(sum(sizes))
         why += more
-    learning = _Learning(method=method, source=source)
     notes += why
-    if learning.method == "awq" and source is not None:
-        notes += _scale_inputs(graph, stores, engine.rest, source, known)
-    notes += _round(graph, stores, engine.rest, learning)
+    if method == "awq":
+        notes += _scale_inputs(graph, stores, engine.rest, learning, known)
+    notes += _round(graph, stores, engine.rest, method, learning)
     return Quantised(notes=(*notes, *raised), seen_as={}, observed=known)
 
 
@@ -311,6 +301,12 @@ class _Store:
     """What its inputs are multiplied by before it is rounded, [K]."""
 
     @property
+    def key(self) -> Hashable:
+        """What its rounding follows from, in one model."""
+        factors = None if self.factors is None else self.factors.tobytes()
+        return self.weight.name, self.form, self.reads, factors
+
+    @property
     def layout(self) -> Layout:
         groups = self.reads[0].groups if self.reads else 1
         return Layout(channels=self.uses[0].channels, block=self.form.block, groups=groups)
@@ -331,15 +327,14 @@ class _Store:
         return round_blocks(array, self.form.axis, self.form.block, rest)
 
 
-def _round(graph: ir.Graph, stores: Sequence[_Store], rest: str, learning: _Learning) -> list[str]:
+def _round(graph: ir.Graph, stores: Sequence[_Store], rest: str, method: Rounding, learning: Learning) -> list[str]:
     """Store each weight in each of its forms once, and let its readers read it dequantised."""
     names, notes = FreeNames(graph), []
     order = {node: place for place, node in enumerate(graph)}
     outcomes = []
-    for store, found in zip(stores, _grams(stores, learning), strict=True):
+    for store, outcome in _outcomes(stores, rest, method, learning.source, learning.outcomes):
         weight, form = store.weight, store.form
-        outcome = _round_one(store, found, rest, learning.method)
-        if learning.method != "nearest" and not any(_is_lookup(use) for use in store.uses):
+        if method != "nearest" and not any(_is_lookup(use) for use in store.uses):
             outcomes.append(outcome)
         if form.block is None and (zeros := _zeros(store.values(), form.axis)):
             notes.append(f"weight '{weight.name}': {zeros} of {outcome.scale.size} channels are all zero")
@@ -386,16 +381,21 @@ def _reads(use: _Use) -> Reads | None:
     return gram.reads_of(use.layer, shape[use.summed] if use.summed is not None else 0, axes=len(shape))
 
 
-def _grams(stores: Sequence[_Store], learning: _Learning) -> Iterable[Gram | None]:
-    if learning.source is None or not any(store.reads for store in stores):
-        return (None for _ in stores)
-    found = learning.source.stream([store.reads for store in stores])
-    return (
-        gram.mean([grams[reads] for reads in store.reads])
-        if store.reads and all(reads in grams for reads in store.reads)
-        else None
-        for store, grams in zip(stores, found, strict=True)
-    )
+def _outcomes(
+    stores: Sequence[_Store], rest: str, method: Rounding, source: Source, known: dict[Hashable, Outcome]
+) -> Iterator[tuple[_Store, Outcome]]:
+    """Each of ``stores``, in their order, rounded; what is not ``known`` is added, if anything was learnt for it."""
+    keys = [(method, rest, store.key) for store in stores]
+    missing = [store.reads if key not in known else () for store, key in zip(stores, keys, strict=True)]
+    for store, key, grams in zip(stores, keys, source.stream(missing), strict=True):
+        outcome = known.get(key)
+        if outcome is None:
+            complete = store.reads and all(reads in grams for reads in store.reads)
+            found = gram.mean([grams[reads] for reads in store.reads]) if complete else None
+            outcome = _round_one(store, found, rest, method)
+            if store.reads:
+                known[key] = outcome
+        yield store, outcome
 
 
 def _round_one(store: _Store, found: Gram | None, rest: str, method: Rounding) -> Outcome:
@@ -422,7 +422,7 @@ def _zeros(array: Array, axis: int) -> int:
 
 
 def _scale_inputs(
-    graph: ir.Graph, stores: Sequence[_Store], rest: str, source: Source, known: dict[str, TensorStatistics]
+    graph: ir.Graph, stores: Sequence[_Store], rest: str, learning: Learning, known: dict[str, TensorStatistics]
 ) -> list[str]:
     """Divide activations as AWQ says, where that pays, in place, and note the factors of each weight; returns notes.
 
@@ -434,14 +434,19 @@ def _scale_inputs(
         if len(store.uses) == 1 and len(store.reads) == 1 and store.form.block is not None:
             readers.setdefault(store.reads[0], []).append(store)
     names, folded, multiplied = FreeNames(graph), list[float](), list[float]()
-    for (reads, readable), grams in zip(readers.items(), source.stream([[reads] for reads in readers]), strict=True):
+    keys = [(reads, rest, *(store.key for store in readable)) for reads, readable in readers.items()]
+    missing = [[] if key in learning.factors else [reads] for key, reads in zip(keys, readers, strict=True)]
+    found = zip(readers.items(), keys, learning.source.stream(missing), strict=True)
+    for (reads, readable), key, grams in found:
         layers = list(dict.fromkeys(store.uses[0].layer for store in readable))
         value = layers[0].inputs[0]
-        if reads not in grams or value is None:
+        if value is None or not (key in learning.factors or reads in grams):
             continue
-        weights = [store.layout.rows(store.values()) for store in readable]
-        blocks = [store.form.block or 1 for store in readable]
-        factors, gain_db = awq.choose_factors(weights, grams[reads], _by_blocks(min(blocks), rest))
+        if key not in learning.factors:
+            weights = [store.layout.rows(store.values()) for store in readable]
+            blocks = [store.form.block or 1 for store in readable]
+            learning.factors[key] = awq.choose_factors(weights, grams[reads], _by_blocks(min(blocks), rest))
+        factors, gain_db = learning.factors[key]
         folds = awq.can_fold(graph, value, layers)
         if gain_db < (awq.FOLD_GAIN_DB if folds else awq.MUL_GAIN_DB):
             continue

@@ -19,10 +19,11 @@ from onnx import TensorProto, numpy_helper
 from compiler import onnx_files
 from compiler.backends.onnxruntime import open_model
 from compiler.onnx_files import FreeNames
-from compiler.quantize import adaround, awq, gptq, gram, rounding, weights
+from compiler.quantize import adaround, awq, gptq, gram, learn, quantize, rounding, weights
 from compiler.quantize.formats import FP8, INT4, INT8
 from compiler.quantize.gram import Gram, Reads, Source, Window
 from compiler.quantize.rounding import Layout
+from compiler.recipe import EngineSection, QuantizeSection
 from compiler.spec import Array, CalibrationSet, OnnxModel, Precision, Runner
 from tests.quantize import networks, reference
 from tests.quantize.bench import NONE, Bench, graph, outputs, sqnr
@@ -585,24 +586,69 @@ def test_a_layer_that_reads_a_mask_is_rounded_to_nearest_and_said(tmp_path: Path
     assert "weights rounded by nearest 1 (unknown what 1 reads)" in model.notes
 
 
-def test_a_search_gathers_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench, _ = block_bench(tmp_path, width=32)
-    from compiler.quantize import quantize
-    from compiler.recipe import EngineSection, QuantizeSection
+def two_readers(folder: Path) -> Bench:
+    """Two products that read one activation with outlying channels, which one of them hardly minds."""
+    net = Net()
+    for name in "ab":
+        rows = np.exp(net.random.normal(size=(32, 1)))
+        rows[[3, 17]] *= {"a": 1, "b": 1e-3}[name]
+        weight = net.weight(f"{name}_w", f32(net.random.normal(size=(32, 64)) * rows))
+        net.op("MatMul", ["x", weight], name)
+    net.linear(net.op("Relu", [net.op("Add", ["a", "b"], "sum")], "relu"), "y", (64, 8))
+    samples = correlated(32, 16, 32)
+    for sample in samples:
+        sample["x"][..., [3, 17]] *= 40
+    return Bench(folder, net.model({"x": ["batch", 16, 32]}, {"y": ["batch", 16, 8]}), samples)
 
-    monkeypatch.setattr(Source, "_gather", lambda *_: pytest.fail("gathered"))
-    (tmp_path / "tried").mkdir()
-    quantize(
-        EngineSection(precision=Precision.INT4),
-        QuantizeSection(),
-        bench.model,
-        bench.statistics,
-        bench.data,
-        open_model=open_model,
-        threads=1,
-        out_dir=tmp_path / "tried",
-        checked=False,
+
+@pytest.mark.parametrize(
+    ("precision", "method"),
+    [(Precision.INT4, "auto"), (Precision.INT4, "awq"), (Precision.INT8, "gptq"), (Precision.INT8, "adaround")],
+)
+def test_a_search_learns_once_and_makes_what_would_be_made_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: Precision, method: Any
+) -> None:
+    """Also where outlying channels are moved into weights: by what is kept it is decided what the others become."""
+    bench = two_readers(tmp_path)
+    section = QuantizeSection(rounding=method, smooth="on", method="minmax", min_sqnr_db=NONE)
+    options: dict[str, Any] = {"open_model": open_model, "threads": 1, "checked": False}
+    rounded: list[Any] = []
+    gathered: list[Any] = []
+    round_layer, gather = rounding.round_layer, Source._gather
+
+    def count_layer(*args: Any, **more: Any) -> Any:
+        rounded.append(args)
+        return round_layer(*args, **more)
+
+    def count_gram(self: Source, wanted: Sequence[Reads]) -> dict[Reads, Gram]:
+        gathered.extend(wanted)
+        return gather(self, wanted)
+
+    monkeypatch.setattr(rounding, "round_layer", count_layer)
+    monkeypatch.setattr(Source, "_gather", count_gram)
+
+    def made(keep: Sequence[str], **more: Any) -> str:
+        folder = tmp_path / f"made{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        engine = EngineSection(precision=precision, keep=tuple(keep))
+        return quantize(
+            engine, section, bench.model, bench.statistics, bench.data, out_dir=folder, **options, **more
+        ).sha256
+
+    kept = [[], ["a"], ["b"], []]
+    alone = [made(keep) for keep in kept]
+    by_itself = len(rounded)
+    (tmp_path / "shared").mkdir()
+    learning = learn(
+        bench.model, bench.statistics, bench.data, open_model=open_model, threads=1, out_dir=tmp_path / "shared"
     )
+    rounded.clear()
+    gathered.clear()
+    assert [made(keep, learning=learning) for keep in kept] == alone
+    assert len(set(alone)) == len(kept) - 1, "it matters what is kept"
+    assert len(gathered) == len(set(gathered)) > 0
+    assert 0 < len(rounded) <= by_itself / 2
+    assert not list((tmp_path / "shared").iterdir())
 
 
 @pytest.mark.parametrize("method", ["gptq", "adaround"])
