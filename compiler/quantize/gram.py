@@ -4,8 +4,8 @@ A layer that computes ``Y = X W`` with ``W + D`` instead is wrong by ``X D``, of
 / rows``: K by K numbers stand for all samples. Every rounding in `gptq`, `adaround` and `awq` is chosen by it, and judged
 by it. A convolution multiplies patches of what it reads, so its X has a row for each place of its output.
 
-One sample is run at a time, in the order of the set, and a float32 matrix of each is added to float32 sums: the result
-does not depend on how a caller would batch samples. Of the samples, every `HELD_OUT`-th goes to a matrix of its own, so
+One sample is run at a time, in the order of the set, and the float32 matrix of every `TOGETHER` rows or so is added to
+float32 sums: the result does not depend on how a caller would batch samples. Of the samples, every `HELD_OUT`-th goes to a matrix of its own, so
 that a choice can be judged on samples that it was not made on. What a mask hides, padding above all, is left out.
 
 Memory: at most `GRAM_BYTES` of matrices at a time, and one sample's activations. What does not fit is gathered in
@@ -39,6 +39,9 @@ HELD_OUT = 4
 
 ROWS = 4096
 """Rows of one sample, evenly spaced over all it has, that are looked at: enough of an image of any size."""
+
+TOGETHER = 512
+"""Rows that are multiplied at once: adding a matrix of K by K numbers for each sample of a few rows took most of the time."""
 
 GRAM_BYTES = 1 << 30
 """Matrices that are held at a time; a layer whose own take more, from K = 11585 on, has none."""
@@ -316,12 +319,23 @@ class _Sums:
         self.squares = np.zeros((reads.groups, reads.width, reads.width), np.float32)
         self.magnitudes = np.zeros((reads.groups, reads.width), np.float64)
         self._reads = reads
+        self._waiting: list[Array] = []
 
     def add(self, tensor: Array) -> None:
         rows = rows_of(tensor, self._reads)
         if not rows.shape[1]:
             return
         self.rows += rows.shape[1]
+        self._waiting.append(rows)
+        if sum(more.shape[1] for more in self._waiting) >= TOGETHER:
+            self.settle()
+
+    def settle(self) -> None:
+        """Add what waits for company."""
+        if not self._waiting:
+            return
+        rows = np.concatenate(self._waiting, axis=1)
+        self._waiting.clear()
         with np.errstate(over="ignore", invalid="ignore"):
             for group, of_group in enumerate(rows):
                 self.squares[group] += of_group.T @ of_group
@@ -329,6 +343,8 @@ class _Sums:
 
 
 def _means(fit: _Sums, held: _Sums) -> Gram:
+    for sums in (fit, held):
+        sums.settle()
     fit.squares /= np.float32(max(fit.rows, 1))
     if held.rows:
         held.squares /= np.float32(held.rows)
