@@ -73,20 +73,22 @@ ROUNDINGS = ("adaround", "gptq")
 def _engine(case: Case, method: str) -> dict[str, object]:
     """The fields of ``[[engines]]``, and of ``[quantize]``, that a method of ours stands for."""
     if method == "searched":
-        return {"precision": "int8", "keep": found_by_search(case)}
+        return found_by_search(case) or {}
     key = "rounding" if method in ROUNDINGS else "method"
     return {"precision": "int8", "quantize": {key: method}}
 
 
-def found_by_search(case: Case) -> list[str]:
-    """The layers that ``[search]`` left in FP32 when the case's recipe was last built here; none where it was not."""
-    for folder in (f"dist/{case.name}", f"dist/{case.name}.rejected"):
-        report = ROOT / folder / "report.json"
-        searches = json.loads(report.read_bytes()).get("searches", []) if report.exists() else []
-        for search in searches:
+def found_by_search(case: Case) -> dict[str, object] | None:
+    """The engine that ``[search]`` chose when the case's recipe was last built here, rounded as it was then; None where it was
+    not."""
+    for folder in (ROOT / "dist" / case.name, ROOT / "dist" / f"{case.name}.rejected"):
+        if not (folder / "report.json").exists():
+            continue
+        for search in json.loads((folder / "report.json").read_bytes())["searches"]:
             keep: list[str] = search["points"][search["chosen"]]["keep"]
-            return keep
-    return []
+            rounding = json.loads((folder / "recipe.json").read_bytes())["quantize"]["rounding"]
+            return {"precision": "int8", "keep": keep, "quantize": {"rounding": rounding}}
+    return None
 
 
 class Bench:
