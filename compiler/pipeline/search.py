@@ -2,11 +2,11 @@
 
 1. FP32 and the engine with every layer rounded are built and scored on the selection samples. If the second keeps within
    the budget, nothing is kept.
-2. Else the noise of each group of layers is measured: one model per group, in which it alone is rounded (to nearest, where all
-   groups fit into one model with switches: it only ranks them). Noises of
-   independent roundings add up, so groups are kept in the order of noise per millisecond (or byte) that keeping saves:
-   the greedy solution of a knapsack, as in Hessian-aware mixed precision, but with measured noise in place of a Hessian
-   (Dong et al. 2020, HAWQ-V2, arXiv:1911.03852; Nagel et al. 2021, section 3.4, arXiv:2106.08295).
+2. Else the noise of each group of layers is measured: one model per group, in which it alone is rounded (to nearest, where
+   one model with switches does for all: it only ranks them). Noises of independent roundings add up, so groups are kept in
+   the order of noise per millisecond (or byte) that keeping saves: the greedy solution of a knapsack, as in Hessian-aware
+   mixed precision, but with measured noise in place of a Hessian (Dong et al. 2020, HAWQ-V2, arXiv:1911.03852; Nagel et al.
+   2021, section 3.4, arXiv:2106.08295).
 3. The shortest beginning of that order that keeps within the budget is found by bisection, begun where noise that adds up
    and losses that are proportional to it would have it, and then thinned: groups that turn out not to be needed go back to
    the narrow format.

@@ -5,8 +5,9 @@ A layer that computes ``Y = X W`` with ``W + D`` instead is wrong by ``X D``, of
 by it. A convolution multiplies patches of what it reads, so its X has a row for each place of its output.
 
 One sample is run at a time, in the order of the set, and the float32 matrix of every `TOGETHER` rows or so is added to
-float32 sums: the result does not depend on how a caller would batch samples. Of the samples, every `HELD_OUT`-th goes to a matrix of its own, so
-that a choice can be judged on samples that it was not made on. What a mask hides, padding above all, is left out.
+float32 sums: the result does not depend on how a caller would batch samples. Of the samples, every `HELD_OUT`-th goes to a
+matrix of its own, so that a choice can be judged on samples that it was not made on. What a mask hides, padding above all,
+is left out.
 
 Memory: at most `GRAM_BYTES` of matrices at a time, and one sample's activations. What does not fit is gathered in
 further passes over the samples, in the order of the graph.
