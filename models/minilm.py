@@ -84,8 +84,7 @@ def docstrings() -> list[tuple[str, str]]:
 def statements(tree: ast.AST) -> Iterator[ast.AST]:
     """``tree`` and every statement in it; not its expressions, as `ast.walk` does. In no order."""
     left = [tree]
-    while left:
-        node = left.pop()
+    for node in left:  # which grows meanwhile
         yield node
         for field in ("body", "orelse", "finalbody", "handlers", "cases"):
             left.extend(getattr(node, field, ()))
@@ -103,8 +102,7 @@ def split() -> tuple[list[tuple[str, str]], list[tuple[str, str]], list[str]]:
     """(validation pairs, selection pairs, calibration texts). No two of all these texts have the same tokens once cut to `LENGTH`."""
     pairs = docstrings()
     tokens = tokenize([text for pair in pairs for text in pair])["input_ids"]
-    seen: set[bytes] = set()
-    distinct = []
+    seen, distinct = set[bytes](), list[tuple[str, str]]()
     for pair, rows in zip(pairs, tokens.reshape(-1, 2, LENGTH), strict=True):
         keys = {row.tobytes() for row in rows}
         if len(keys) == 2 and not keys & seen:
