@@ -18,6 +18,7 @@ from compiler.data import Samples
 from compiler.errors import RecipeError
 from compiler.pipeline.measures import user_measures
 from compiler.quantize import switches
+from compiler.quantize.gram import Source
 from compiler.quantize.groups import Group
 from compiler.quantize.rounding import Learning
 from compiler.recipe import EngineSection, GateSection, LatencySection
@@ -184,13 +185,15 @@ class Workshop:
     @cached_property
     def _learning(self) -> Learning:
         job = self._job
-        return quantize.learn(
-            job.inputs["model"],
-            job.inputs["statistics"],
-            job.inputs["data"].calibration,
-            open_model=open_model,
-            threads=job.threads,
-            out_dir=job.out_dir,
+        return Learning(
+            source=Source(
+                model=job.inputs["model"],
+                data=job.inputs["data"].calibration,
+                samples=job.inputs["statistics"].samples,
+                open_model=open_model,
+                threads=job.threads,
+                out_dir=job.out_dir,
+            )
         )
 
     def _quantised(self, engine: EngineSection, out_dir: Path) -> OnnxModel:

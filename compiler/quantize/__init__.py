@@ -29,7 +29,7 @@ from compiler.spec import (
     no_progress,
 )
 
-__all__ = ["learn", "observe", "quantize"]
+__all__ = ["observe", "quantize"]
 
 
 def quantize(
@@ -51,7 +51,8 @@ def quantize(
 
     Args:
         checked: whether it is compared: a search measures better than that.
-        learning: on this model; what is learnt is added to it. Default: forgotten at the end.
+        learning: on this model, by as many samples as ``statistics``; what is learnt is added to it. Default: forgotten at the
+            end.
 
     Raises:
         CalibrationError: the statistics are another model's; there is nothing to round; a weight is not finite; or the
@@ -70,7 +71,16 @@ def quantize(
     divided: frozenset[str] = frozenset()
     least_db = -math.inf
     if engine.precision in QUANTIZED:
-        known = learning or learn(model, statistics, data, open_model=open_model, threads=threads, out_dir=out_dir)
+        known = learning or Learning(
+            source=Source(
+                model=model,
+                data=data,
+                samples=statistics.samples,
+                open_model=open_model,
+                threads=threads,
+                out_dir=out_dir,
+            )
+        )
         trials = auto.Trials(model, data, open_model, threads=threads, out_dir=out_dir)
         quantised = _round(network, engine, section, observed, model, statistics, trials, known)
         if learning is None:
@@ -112,32 +122,6 @@ def quantize(
         shutil.copyfile(model.probe, probe)
     return onnx_files.describe(
         path, precision=engine.precision, axes=model.axes, probe=probe, notes=(*statistics.notes, *notes)
-    )
-
-
-def learn(
-    model: OnnxModel,
-    statistics: Statistics,
-    data: CalibrationSet,
-    *,
-    open_model: OpenModel,
-    threads: int,
-    out_dir: Path,
-) -> Learning:
-    """Where `quantize` learns how to round ``model``; nothing is learnt yet.
-
-    Args:
-        out_dir: for models that are run meanwhile; it must stay as long as what is returned is used.
-    """
-    return Learning(
-        source=Source(
-            model=model,
-            data=data,
-            samples=statistics.samples,
-            open_model=open_model,
-            threads=threads,
-            out_dir=out_dir,
-        )
     )
 
 

@@ -19,10 +19,10 @@ from onnx import TensorProto, numpy_helper
 from compiler import onnx_files
 from compiler.backends.onnxruntime import open_model
 from compiler.onnx_files import FreeNames
-from compiler.quantize import adaround, awq, gptq, gram, learn, quantize, rounding, weights
+from compiler.quantize import adaround, awq, gptq, gram, quantize, rounding, weights
 from compiler.quantize.formats import FP8, INT4, INT8
 from compiler.quantize.gram import Gram, Reads, Source, Window
-from compiler.quantize.rounding import Layout
+from compiler.quantize.rounding import Layout, Learning
 from compiler.recipe import EngineSection, QuantizeSection
 from compiler.spec import Array, CalibrationSet, OnnxModel, Precision, Runner
 from tests.quantize import networks, reference
@@ -638,17 +638,14 @@ def test_a_search_learns_once_and_makes_what_would_be_made_alone(
     kept = [[], ["a"], ["b"], []]
     alone = [made(keep) for keep in kept]
     by_itself = len(rounded)
-    (tmp_path / "shared").mkdir()
-    learning = learn(
-        bench.model, bench.statistics, bench.data, open_model=open_model, threads=1, out_dir=tmp_path / "shared"
-    )
+    learning = Learning(source=source(bench, samples=bench.statistics.samples))
     rounded.clear()
     gathered.clear()
     assert [made(keep, learning=learning) for keep in kept] == alone
     assert len(set(alone)) == len(kept) - 1, "it matters what is kept"
     assert len(gathered) == len(set(gathered)) > 0
     assert 0 < len(rounded) <= by_itself / 2
-    assert not list((tmp_path / "shared").iterdir())
+    assert not list(learning.source.out_dir.iterdir())
 
 
 @pytest.mark.parametrize("method", ["gptq", "adaround"])
