@@ -27,8 +27,9 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -104,7 +105,6 @@ class Workshop(Protocol):
 class _Tried:
     """One mixture that was scored."""
 
-    key: str
     precision: Precision
     keep: frozenset[str]
     measured: dict[str, float]
@@ -113,7 +113,7 @@ class _Tried:
     """Whether the measured values, without regard to confidence, are within the budget."""
     noise: float
     size_bytes: int
-    make: Callable[[Path], OnnxModel]
+    opened: Callable[[], AbstractContextManager[tuple[Engine, Runner]]]
     timing: Mapping[int, tuple[float, float]] = field(default_factory=dict)
 
 
@@ -300,8 +300,10 @@ class _Run:
         if key in self.tried:
             return self.tried[key]
 
+        opened = partial(self._opened, make, key)
+
         def measure() -> dict[str, Any]:
-            with self._opened(make, key) as (engine, runner):
+            with opened() as (engine, runner):
                 scores = self._workshop.score(engine, runner)
                 verdict = self._workshop.judge(engine, scores)
                 named = {gate.metric for gate in self.budget}
@@ -316,7 +318,6 @@ class _Run:
 
         found = self._measured(key, measure)
         self.tried[key] = _Tried(
-            key=key,
             precision=Precision(found["precision"]),
             keep=keep,
             measured=found["measured"],
@@ -324,7 +325,7 @@ class _Run:
             within_as_measured=found["as_measured"],
             noise=found["noise"],
             size_bytes=found["size_bytes"],
-            make=make,
+            opened=opened,
         )
         return self.tried[key]
 
@@ -470,10 +471,7 @@ class _Run:
 
         def measure() -> dict[str, dict[str, tuple[float, float]]]:
             with ExitStack() as stack:
-                runners = {
-                    str(place): stack.enter_context(self._opened(one.make, one.key))[1]
-                    for place, one in enumerate(finalists)
-                }
+                runners = {str(place): stack.enter_context(one.opened())[1] for place, one in enumerate(finalists)}
                 taken = self._workshop.time(runners)
             return {name: {str(batch): pair for batch, pair in of.items()} for name, of in taken.items()}
 
