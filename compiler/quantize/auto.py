@@ -23,7 +23,7 @@ from compiler import onnx_files
 from compiler.data import Samples
 from compiler.quantize import qdq, switches, thresholds
 from compiler.quantize.formats import Grid
-from compiler.quantize.observe import Observed, alike, chosen, largest_batch
+from compiler.quantize.observe import Observed, batches, chosen, largest_batch
 from compiler.quantize.placement import Placement
 from compiler.spec import Array, CalibrationSet, Feeds, OnnxModel, OpenModel, Runner
 
@@ -64,11 +64,8 @@ class Trials:
 
     def error_of(self, network: ir.Model, indices: Sequence[int], *, batch: int, centred: bool) -> Trial:
         """``network`` beside the original, on these samples, up to ``batch`` of them run together."""
-        limit, feeds, done = min(batch, largest_batch(self._original)), list[Feeds](), 0
-        while done < len(indices):
-            taken = alike(self._stored, indices[done : done + limit])
-            feeds.append(self._stored.batch(taken))
-            done += len(taken)
+        limit = min(batch, largest_batch(self._original))
+        feeds = [self._stored.batch(taken) for taken in batches(self._stored, indices, limit)]
         return Trial(
             feeds, self._open_model, self._threads, self._out_dir, self._original.path, network, centred=centred
         )

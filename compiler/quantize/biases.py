@@ -31,7 +31,7 @@ from compiler.data import Samples
 from compiler.onnx_files import FreeNames
 from compiler.quantize import graphs, placement
 from compiler.quantize.gram import Source
-from compiler.quantize.observe import alike, chosen, largest_batch
+from compiler.quantize.observe import batches, chosen, largest_batch
 from compiler.recipe import Switch
 from compiler.spec import Array
 
@@ -178,13 +178,10 @@ def _means(
     found: dict[str, list[Array]] = {name: [] for name in shown}
     try:
         with closing(source.open_model(path, threads=source.threads, weights=weights)) as runner:
-            done = 0
-            while done < len(indices):
-                batch = alike(stored, indices[done : done + limit])
+            for batch in batches(stored, indices, limit):
                 made = runner.run(stored.batch(batch))
                 for name, output in shown.items():
                     found[name].append(made[output].reshape(-1).astype(np.float64))
-                done += len(batch)
     finally:
         path.unlink(missing_ok=True)
     return {name: np.stack(means) for name, means in found.items() if len(means) > 1}

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import sys
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -457,6 +457,15 @@ def alike(stored: Samples, indices: Sequence[int]) -> list[int]:
     shapes = stored.shapes(indices[0])
     different = (place for place, index in enumerate(indices) if stored.shapes(index) != shapes)
     return list(indices[: next(different, len(indices))])
+
+
+def batches(stored: Samples, indices: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """``indices`` in their order, in runs of samples of one shape, of at most ``limit``."""
+    done = 0
+    while done < len(indices):
+        taken = alike(stored, indices[done : done + limit])
+        yield taken
+        done += len(taken)
 
 
 def largest_batch(model: OnnxModel) -> int:
