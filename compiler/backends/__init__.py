@@ -15,7 +15,7 @@ from compiler.spec import Engine, OnnxModel, Platform, Precision, Progress, Runn
 
 
 class Backend(Protocol):
-    """What a member of `NAMES` offers. The first seven load nothing heavy."""
+    """What a member of `NAMES` offers. The first seven load nothing heavy; what is in capitals is a constant there."""
 
     @property
     def NAME(self) -> str: ...  # noqa: N802
