@@ -470,8 +470,9 @@ class Runner(Protocol):
 class OpenModel(Protocol):
     """Opens an ONNX file for running on this machine; how `export`, `optimize` and `quantize` run models.
 
-    ``optimize=False`` turns off every graph optimisation of the runtime. ``weights`` is the folder of the external data, where
-    that is not the file's own; they are then read where they lie, memory-mapped, and not copied into faster layouts.
+    Between QuantizeLinear and DequantizeLinear it computes in float numbers, as the file says. ``optimize=False`` turns off
+    every graph optimisation of the runtime. ``weights`` is the folder of the external data, where that is not the file's
+    own; they are then read where they lie, memory-mapped, and not copied into faster layouts.
     """
 
     def __call__(

@@ -165,7 +165,7 @@ def open_model(path: Path, *, threads: int = 0, optimize: bool = True, weights: 
     Raises:
         BuildError: the runtime refuses the file.
     """
-    return _SessionRunner(path, threads=threads, provider=CPU, optimize=optimize, weights=weights)
+    return _SessionRunner(path, threads=threads, provider=CPU, optimize=optimize, fuse=False, weights=weights)
 
 
 # --- running --------------------------------------------------------------------------------------------------------
