@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -212,12 +212,13 @@ def test_the_same_data_give_the_same_ranges(tmp_path: Path) -> None:
     assert bench.quantize(method="auto").sha256 == bench.quantize(method="auto").sha256
 
 
+@pytest.mark.parametrize(("make", "samples"), [(residual, 16), (transformer, 4)], ids=["one row each", "sequences"])
 def test_where_trials_are_dear_the_method_that_serves_all_is_taken_and_a_note_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], Bench], samples: int
 ) -> None:
     monkeypatch.setattr(auto, "MOST_MACS", 1.0)
-    notes = residual(tmp_path).quantize(method="auto").notes
-    assert any(note.startswith("ranges by measured error on 4 calibration samples: ") for note in notes)
+    notes = make(tmp_path).quantize(method="auto").notes
+    assert any(note.startswith(f"ranges by measured error on {samples} calibration samples: ") for note in notes)
     assert any(
         note.endswith("took the method that serves all best: trying each would have cost too much") for note in notes
     )
