@@ -42,6 +42,9 @@ from compiler.spec import (
 MAX_VALIDATION = 1_000_000
 """A ``validation()`` that yields more than this, without ``data.validation_samples``, is taken to be endless."""
 
+PROBE_SAMPLES = 16
+"""Samples that export traces and compares with; repeated to fill a larger batch."""
+
 _INDEX = "index.json"
 _FORMAT = 1
 _STRING = "str"

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
 import dataclasses
 import inspect
 import io
@@ -40,7 +41,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compiler import onnx_files
-from compiler.data import Samples, SampleWriter, first_samples
+from compiler.data import PROBE_SAMPLES, Samples, SampleWriter, first_samples
 from compiler.errors import BuildError, ExportError, RecipeError, suggest
 from compiler.recipe import Recipe, dims
 from compiler.source import Sources, call_user, is_user_code, load_callable, shown, user_line
@@ -72,9 +73,6 @@ HF_TASKS: Mapping[str, str] = {
 }
 """``model.task`` -> the class of transformers that loads it."""
 
-PROBE_SAMPLES = 16
-"""Samples that the checks are made from; repeated to fill a larger batch."""
-
 MAX_POINT_ELEMENTS = 1 << 28
 """Elements of one tensor (1 GiB in FP32) above which an axis point is left out of the comparison."""
 
@@ -103,6 +101,7 @@ def export(
     opset: int,
     open_model: OpenModel,
     out_dir: Path,
+    samples: Sequence[Feeds] = (),
     progress: Progress = no_progress,
     external_above: int = onnx_files.EXTERNAL_ABOVE_BYTES,
 ) -> OnnxModel:
@@ -118,6 +117,8 @@ def export(
         opset: see `choose_opset`; an ONNX source keeps its own.
         open_model: runs the exported model.
         out_dir: empty folder.
+        samples: to trace and compare with; default: the first `PROBE_SAMPLES` that the user's data yields, which may take its
+            time.
         progress: counts the axis points.
         external_above: bytes of weights above which they go to a file of their own.
 
@@ -126,7 +127,7 @@ def export(
         CalibrationError: there is no sample to compare with, or a sample does not fit the recipe.
         RecipeError: transformers is not installed, or has no such task.
     """
-    samples = first_samples(recipe, sources, PROBE_SAMPLES)
+    samples = samples or first_samples(recipe, sources, PROBE_SAMPLES)
     path = out_dir / "model.onnx"
     notes: list[str] = []
     optimum = {name: axis.opt for name, axis in recipe.axes.items()}
@@ -169,42 +170,49 @@ def open_original(
     recipe: Recipe,
     sources: Sources,
     *,
-    compiled: bool,
     threads: int,
     open_model: OpenModel,
     sample: Feeds | None = None,
 ) -> Runner:
-    """The original in FP32 as a `Runner`; ``compiled``: by `torch.compile`, which compiles at the first run of a shape.
-
-    An ONNX source runs in ONNX Runtime with its optimisations off.
+    """The original in FP32 as a `Runner`. An ONNX source runs in ONNX Runtime with its optimisations off.
 
     Args:
         recipe: names inputs and outputs.
         sources: see `compiler.source.locate`.
-        compiled: whether to compile. The runner's first call then raises `ExportError` where compiling fails.
         threads: of the CPU, for the whole process; 0: all that it may use.
         open_model: opens an ONNX source.
         sample: shows the outputs' shapes; default: the first that the user's data yields, which may take its time.
 
     Raises:
-        ExportError: the model cannot be built, or there is nothing to compile.
+        ExportError: the model cannot be built.
         CalibrationError: there is no sample to find the outputs' shapes with.
     """
     if sources.kind == "onnx":
         assert sources.model_path is not None
-        if compiled:
-            raise ExportError(
-                f"{shown(sources.model_path)}: an ONNX file; a PyTorch model was expected for torch.compile. Set "
-                "[latency] compile = false."
-            )
         model_path = sources.model_path
         return _at("", lambda: open_model(model_path, threads=threads, optimize=False))  # type: ignore[no-any-return]
     runner = _TorchRunner(_load(recipe, sources, []), recipe, threads=threads)
     samples = first_samples(recipe, sources, 1) if sample is None else [sample]
     runner.outputs = _at("", lambda: _output_specs(runner, recipe, samples))
-    if compiled:
-        runner.compile()
     return runner
+
+
+def compiled(original: Runner, sources: Sources) -> Runner:
+    """The same by `torch.compile`, which compiles at the first run of a shape; that run raises `ExportError` where it fails.
+
+    Args:
+        original: as `open_original` opened it; both share their weights.
+        sources: see `compiler.source.locate`.
+
+    Raises:
+        ExportError: there is nothing to compile.
+    """
+    if isinstance(original, _TorchRunner):
+        return original.compiled()
+    raise ExportError(
+        f"{shown(sources.model_path or Path())}: an ONNX file; a PyTorch model was expected for torch.compile. Set [latency] "
+        "compile = false."
+    )
 
 
 def reference(
@@ -579,10 +587,12 @@ class _TorchRunner:
         self._compiled: Callable[..., tuple[torch.Tensor, ...]] | None = None
         self._names: tuple[str, ...] = ()
 
-    def compile(self) -> None:
-        """From now on run by `torch.compile`; each shape is compiled for itself when it is first seen."""
-        self._names = tuple(spec.name for spec in self.outputs)
-        self._compiled = torch.compile(self.original, dynamic=False)
+    def compiled(self) -> _TorchRunner:
+        """Run by `torch.compile`; each shape is compiled for itself when it is first seen."""
+        other = copy.copy(self)
+        other._names = tuple(spec.name for spec in self.outputs)
+        other._compiled = torch.compile(self.original, dynamic=False)
+        return other
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
         """

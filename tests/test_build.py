@@ -88,6 +88,16 @@ def test_only_what_depends_on_a_changed_key_is_run_again(workshop: Workshop) -> 
     assert missed() == everything
 
 
+def test_the_users_data_is_read_once_and_stored(workshop: Workshop, change: Change) -> None:
+    asked = workshop.folder / "asked"
+    change("points.py", '    yield {"x": points(1, 64)}', f'''    open("{asked}", "a").write("calibration ")
+    yield {{"x": points(1, 64)}}''')
+    change("points.py", "    x = points(2, 600)", f'''    open("{asked}", "a").write("validation ")
+    x = points(2, 600)''')
+    assert workshop.run("points.toml").returncode == 0
+    assert asked.read_text().split() == ["calibration", "validation"]
+
+
 def test_a_comment_in_the_recipe_changes_nothing(workshop: Workshop, change: Change) -> None:
     workshop.run("points.toml")
     change("points.toml", "[model]\n", "# a comment\n\n[ model ]\n")

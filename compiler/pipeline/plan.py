@@ -12,12 +12,14 @@ import platform
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
 
 from compiler import backends, codec, source
 from compiler.backends.machine import usable_cores
+from compiler.data import PROBE_SAMPLES
 from compiler.recipe import QUANTIZED, EngineSection, Recipe, TensorRTSection
 from compiler.spec import (
     DataSets,
@@ -185,7 +187,18 @@ def make(
     files = source.fingerprint(sources, memo=memo)
     steps: list[Step] = []
 
-    def add(stage: str, needs: Mapping[str, str], parts: Mapping[str, Any], engine: EngineSection | None = None) -> str:
+    def add(
+        stage: str,
+        needs: Mapping[str, str],
+        parts: Mapping[str, Any],
+        engine: EngineSection | None = None,
+        *,
+        beside: Mapping[str, str] = MappingProxyType({}),
+    ) -> str:
+        """
+        Args:
+            beside: what is needed, too, though the key does not cover it: ``parts`` say all that is taken of it.
+        """
         label = engine.label if engine else None
         keys = {step.id: step.key for step in steps}
         declared = STAGES[stage]
@@ -209,7 +222,7 @@ def make(
                 id=id,
                 stage=stage,
                 key=key,
-                needs=needs,
+                needs={**needs, **beside},
                 engine=label,
                 backend=backend,
                 backend_reason=reason,
@@ -235,7 +248,11 @@ def make(
             "select": recipe.search.samples if recipe.search and searched else None,
         },
     )
-    export = add("export", {}, {**interface, "export": plain["export"]})
+    # It takes the first few samples, which are the same however many follow.
+    limit = recipe.quantize.samples if calibrated else recipe.data.validation_samples
+    shown = {"of": "calibration" if calibrated else "validation", "samples": min(limit or PROBE_SAMPLES, PROBE_SAMPLES)}
+    asked = {**interface, "export": plain["export"], "shown": shown}
+    export = add("export", {}, asked, beside={"data": data})
     reference = add("reference", {"data": data}, interface)
     model = add("optimize", {"model": export}, {"section": plain["optimize"]})
     original_to_select = add("reference_to_select", {"data": data}, interface) if searched else ""

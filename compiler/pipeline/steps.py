@@ -83,13 +83,17 @@ def _data(job: Job) -> DataSets:
 def _export(job: Job) -> OnnxModel:
     from compiler import export
     from compiler.backends.onnxruntime import open_model
+    from compiler.data import PROBE_SAMPLES, Samples
 
+    sets: DataSets = job.inputs["data"]
+    samples = Samples((sets.calibration or sets.validation).path)
     return export.export(
         job.recipe,
         job.sources,
         opset=export.choose_opset(job.recipe),
         open_model=open_model,
         out_dir=job.out_dir,
+        samples=[samples.feeds(index) for index in range(min(len(samples), PROBE_SAMPLES))],
         progress=job.progress,
     )
 
@@ -278,17 +282,10 @@ def _latency(job: Job) -> Latencies:
     notes: list[str] = []
     samples = Samples(job.inputs["data"].validation.path)
 
-    def original(*, compiled: bool) -> Runner:
-        return export.open_original(
-            job.recipe,
-            job.sources,
-            compiled=compiled,
-            threads=job.threads,
-            open_model=open_model,
-            sample=samples.feeds(0),
-        )
-
-    candidates["eager"] = original(compiled=False)
+    original = export.open_original(
+        job.recipe, job.sources, threads=job.threads, open_model=open_model, sample=samples.feeds(0)
+    )
+    candidates["eager"] = original
     axis = batch_axis(job.recipe.inputs)
 
     def feeds_at(batch: int) -> Feeds:
@@ -297,7 +294,7 @@ def _latency(job: Job) -> Latencies:
     batches = job.recipe.batches
     if job.recipe.latency.compile:
         try:
-            compiled = original(compiled=True)
+            compiled = export.compiled(original, job.sources)
             for batch in batches:
                 compiled.run(feeds_at(batch))
             candidates["compile"] = compiled

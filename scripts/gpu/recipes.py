@@ -104,7 +104,7 @@ def original_of(recipe: Any, sources: Any) -> tuple[Any, tuple[str, ...]]:
         ExportError: it cannot be built.
     """
     export, runtime = module("compiler.export"), module("compiler.backends.onnxruntime")
-    runner = export.open_original(recipe, sources, compiled=False, threads=0, open_model=runtime.open_model)
+    runner = export.open_original(recipe, sources, threads=0, open_model=runtime.open_model)
     model = getattr(runner, "original", None)
     if model is None:
         raise MissingError("an ONNX source has no PyTorch original to time")
