@@ -90,10 +90,18 @@ def test_only_what_depends_on_a_changed_key_is_run_again(workshop: Workshop) -> 
 
 def test_the_users_data_is_read_once_and_stored(workshop: Workshop, change: Change) -> None:
     asked = workshop.folder / "asked"
-    change("points.py", '    yield {"x": points(1, 64)}', f'''    open("{asked}", "a").write("calibration ")
-    yield {{"x": points(1, 64)}}''')
-    change("points.py", "    x = points(2, 600)", f'''    open("{asked}", "a").write("validation ")
-    x = points(2, 600)''')
+    change(
+        "points.py",
+        '    yield {"x": points(1, 64)}',
+        f'''    open("{asked}", "a").write("calibration ")
+    yield {{"x": points(1, 64)}}''',
+    )
+    change(
+        "points.py",
+        "    x = points(2, 600)",
+        f'''    open("{asked}", "a").write("validation ")
+    x = points(2, 600)''',
+    )
     assert workshop.run("points.toml").returncode == 0
     assert asked.read_text().split() == ["calibration", "validation"]
 

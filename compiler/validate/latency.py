@@ -132,7 +132,7 @@ def _measure_batch(
     advance: Callable[[int, int], None],
 ) -> tuple[list[Latency], list[str]]:
     names, notes = list(runners), []
-    calls = {}
+    calls: dict[str, int] = {}
     for name, runner in runners.items():
         twin = next((other for other in calls if runners[other] is runner), None)
         if twin is not None:

@@ -119,10 +119,10 @@ def test_graph_optimisation_can_be_turned_off(tmp_path: Path) -> None:
 def test_between_its_roundings_an_open_model_computes_in_float(tmp_path: Path) -> None:
     """An integer kernel would round the bias to whole products of both scales, here to zero."""
     net = Net()
-    one, zero = net.weight("one", np.float32(1)), net.weight("zero", np.int8(0))
+    one, zero = net.weight("one", np.array(1, np.float32)), net.weight("zero", np.array(0, np.int8))
     x = net.op("DequantizeLinear", [net.op("QuantizeLinear", ["x", one, zero], "xq"), one, zero], "xd")
     w = net.op("DequantizeLinear", [net.weight("w", np.ones((1, 1, 1, 1), np.int8)), one, zero], "wd")
-    tenth = net.weight("tenth", np.float32(0.1))
+    tenth = net.weight("tenth", np.array(0.1, np.float32))
     made = net.op("Conv", [x, w, net.weight("bias", f32([0.4]))], "c")
     net.op("DequantizeLinear", [net.op("QuantizeLinear", [made, tenth, zero], "yq"), tenth, zero], "y")
     onnx.save(net.model({"x": ["batch", 1, 1, 1]}, {"y": ["batch", 1, 1, 1]}), tmp_path / "m.onnx")

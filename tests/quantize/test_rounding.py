@@ -20,6 +20,7 @@ from compiler import onnx_files
 from compiler.backends.onnxruntime import open_model
 from compiler.onnx_files import FreeNames
 from compiler.quantize import adaround, awq, gptq, gram, quantize, rounding, weights
+from compiler.quantize.blocks import round_blocks
 from compiler.quantize.formats import FP8, INT4, INT8
 from compiler.quantize.gram import Gram, Reads, Source, Window
 from compiler.quantize.rounding import Layout, Learning
@@ -145,7 +146,7 @@ def test_without_correlation_gptq_is_nearest(seed: int, inputs: int) -> None:
 @pytest.mark.parametrize("block", [16, 32, 64, 128])
 def test_without_correlation_blocks_are_those_of_nearest(block: int) -> None:
     weight = np.random.default_rng(0).normal(size=(5, 256)).astype(np.float32)
-    nearest, scale = weights.round_blocks(weight, 1, block, "fp32")
+    nearest, scale = round_blocks(weight, 1, block, "fp32")
     steps = gptq.round_layer(weight, np.eye(256, dtype=np.float32), INT4, scale)
     assert steps.tolist() == nearest.astype(np.float32).tolist()
 
@@ -161,7 +162,7 @@ def test_scales_of_blocks_are_positive_numbers(seed: int, block: int, rest: str)
     matrix = positive(random, 128)[None]
     known = Gram(fit=matrix, held=matrix, magnitude=np.ones((1, 128)))
     for method in ("gptq", "adaround", "auto"):
-        nearest = weights.round_blocks(weight, 1, block, rest)
+        nearest = round_blocks(weight, 1, block, rest)
         found = rounding.round_layer(weight, nearest, Layout(channels=0, block=block), INT4, known, rounding=method)
         assert found.scale.shape == (4, 128 // block)
         assert np.isfinite(found.scale).all()
@@ -175,7 +176,7 @@ def test_scales_of_blocks_are_positive_numbers(seed: int, block: int, rest: str)
 def test_gptq_beats_nearest_and_descent_beats_gptq() -> None:
     random = np.random.default_rng(1)
     weight, matrix = random.normal(size=(64, 256)).astype(np.float32), positive(random, 256)
-    nearest, least = (array.astype(np.float32) for array in weights.round_blocks(weight, 1, 32, "fp32"))
+    nearest, least = (array.astype(np.float32) for array in round_blocks(weight, 1, 32, "fp32"))
     steps = gptq.round_layer(weight, matrix, INT4, least)
     further = adaround.round_layer(weight, matrix, INT4, least, start=steps)
     errors = [gram.error(weight, made * reference.spread(least, 1, 32), matrix) for made in (nearest, steps, further)]
@@ -536,7 +537,7 @@ def test_nearest_gathers_nothing_and_is_what_was_there_before(
     for tensor in bench.proto.graph.initializer:
         if f"{tensor.name}_int4" in known:
             values = numpy_helper.to_array(tensor)
-            steps, scale = weights.round_blocks(values, 0, 32, "fp32")
+            steps, scale = round_blocks(values, 0, 32, "fp32")
             stored = known[f"{tensor.name}_int4"]
             assert reference.int4_of(stored.raw_data, values.shape).tolist() == steps.astype(int).tolist()
             assert numpy_helper.to_array(known[f"{tensor.name}_dequantized_scale"]).tolist() == scale.tolist()

@@ -16,7 +16,9 @@ from onnx import TensorProto, numpy_helper
 from compiler import onnx_files
 from compiler.backends import lowering
 from compiler.backends.onnxruntime import open_model
-from compiler.quantize import formats, graphs, weights
+from compiler.quantize import blocks, formats, graphs, weights
+from compiler.quantize.blocks import SHARES, round_blocks
+from compiler.quantize.uses import form_of
 from compiler.spec import Array, OnnxModel, Precision
 from tests.quantize import networks, reference
 from tests.quantize.bench import NONE, Bench, graph, outputs, sqnr
@@ -148,7 +150,7 @@ def test_int4_weights_by_hand(tmp_path: Path) -> None:
 def test_the_scale_of_a_block_has_the_least_squared_error(axis: int, rest: str) -> None:
     random = np.random.default_rng(0)
     weight = random.standard_t(4, size=(64, 64)).astype(np.float32)
-    steps, scale = weights.round_blocks(weight, axis, 16, rest)
+    steps, scale = round_blocks(weight, axis, 16, rest)
     assert scale.shape == ((4, 64) if axis == 0 else (64, 4))
     blocks = np.moveaxis(weight, axis, -1).reshape(-1, 16).astype(np.float64)
     taken = np.moveaxis(scale, axis, -1).reshape(-1).astype(np.float64)
@@ -156,7 +158,7 @@ def test_the_scale_of_a_block_has_the_least_squared_error(axis: int, rest: str) 
     gained = 0
     for block, found in zip(blocks, taken, strict=True):
         full = np.abs(block).max() / 7
-        candidates = np.array(weights.SHARES) * full
+        candidates = np.array(SHARES) * full
         assert ((found >= candidates * (1 - 1e-6)) & (found <= candidates * (1 + 2 * digits))).any()
         errors = [np.sum((np.clip(np.rint(block / s), -8, 7) * s - block) ** 2) for s in (*candidates, found, full)]
         assert errors[-2] <= min(errors) * (1.0001 if rest == "fp32" else 1.3)
@@ -574,10 +576,9 @@ def test_a_wrong_axis_is_refused(tmp_path: Path, kind: str, monkeypatch: pytest.
 
     monkeypatch.setattr(ir, "node", wrong)
     if kind == "int4":  # of blocks the runtime itself refuses another axis, unless the scales are turned, too
-        blocks = weights.round_blocks
 
         def turned(weight: Array, axis: int, block: int, rest: str) -> tuple[Array, Array]:
-            steps, scale = blocks(weight, 1 - axis, block, rest)
+            steps, scale = round_blocks(weight, 1 - axis, block, rest)
             return steps, np.ascontiguousarray(scale.T)
 
         monkeypatch.setattr(weights, "round_blocks", turned)
@@ -600,10 +601,9 @@ def test_scales_off_by_8_are_refused(tmp_path: Path, kind: str, factor: float, m
 @pytest.mark.parametrize("fault", ["nibbles", "signs", "blocks"])
 def test_int4_in_another_order_is_refused(tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = uneven(tmp_path)
-    right = weights.round_blocks
 
     def wrong(weight: Array, axis: int, block: int, rest: str) -> tuple[Array, Array]:
-        steps, scale = right(weight, axis, block, rest)
+        steps, scale = round_blocks(weight, axis, block, rest)
         if fault == "nibbles":  # the halves of every byte change places
             return steps.reshape(-1, 2)[:, ::-1].reshape(steps.shape), scale
         if fault == "signs":  # what would be read of unsigned numbers around 8
@@ -615,7 +615,7 @@ def test_int4_in_another_order_is_refused(tmp_path: Path, fault: str, monkeypatc
 
 
 def lowest_and_scale(block: Array) -> tuple[int, float]:
-    steps, scale = weights.round_blocks(block, 0, 16, "fp32")
+    steps, scale = round_blocks(block, 0, 16, "fp32")
     return int(steps.astype(int).min()), float(scale[0, 0])
 
 
@@ -625,7 +625,7 @@ def test_int4_cut_at_minus_7_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lowest == -8
     assert scale == pytest.approx(0.1)
     monkeypatch.setattr(
-        weights, "INT4", formats.Steps(label="INT4", dtype=ir.DataType.INT4, largest=7, lowest=-7, since=21)
+        blocks, "INT4", formats.Steps(label="INT4", dtype=ir.DataType.INT4, largest=7, lowest=-7, since=21)
     )
     lowest, scale = lowest_and_scale(block)
     assert lowest == -7
@@ -651,11 +651,10 @@ def test_a_table_rounded_by_column_is_refused(tmp_path: Path, monkeypatch: pytes
     table.CopyFrom(numpy_helper.from_array(values, "table"))
     bench = Bench(tmp_path, proto, [{"ids": np.arange(row, row + 5)[None]} for row in range(16)])
     assert bench.quantize(min_sqnr_db=35, **FORMATS["int8"]).notes
-    right = weights._form
 
     def wrong(use: Any, in_table: bool, *more: Any) -> Any:
-        form = right(use, in_table, *more)
+        form = form_of(use, in_table, *more)
         return replace(form, axis=1) if in_table and form is not None else form
 
-    monkeypatch.setattr(weights, "_form", wrong)
+    monkeypatch.setattr(weights, "form_of", wrong)
     assert "output 'y': SQNR" in bench.refusal(min_sqnr_db=35, **FORMATS["int8"])
