@@ -2,16 +2,18 @@
 
 Taking away a part p of the noise raises the ratio by -10 log10(1 - p) dB. What a change takes away is the part that was
 traced back to what it concerns (`compiler.quantize.explain`): all of it where layers are kept in high precision; where a
-range is chosen otherwise, or outliers are moved into weights, the part by which the expected error falls.
+range is chosen otherwise, or outliers are moved into weights, the part by which the expected error falls; where the rounding
+of weights is learnt, of what weights add the part that learning takes away from those layers which add most.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -20,7 +22,7 @@ from compiler.quantize import beside, placement, smooth, thresholds
 from compiler.quantize.beside import Beside
 from compiler.quantize.observe import FINITE_BINS, Observed, edges
 from compiler.recipe import EngineSection, QuantizeSection
-from compiler.spec import Advice, Array, TensorError
+from compiler.spec import Advice, Array, Precision, TensorError
 
 CHANGES = 3
 
@@ -36,8 +38,16 @@ ENOUGH = 0.8
 DOMINANT_DB = 3.0
 """Where keeping one layer gains less, the noise has many sources."""
 
+LEARNT = 3
+"""Layers whose rounding is learnt to see what it gains; the others are taken to gain no more than any of these."""
+
 _MOST_DB = 30.0
 """Larger gains are not told apart: what is left then is what was not traced."""
+
+
+LearntDb: TypeAlias = Callable[[Sequence[str]], Sequence[float]]
+"""Of layers, by the tensors that they make: how much less their outputs err where the rounding of their weights is learnt, in dB; 0
+where it cannot be."""
 
 
 @dataclass(kw_only=True)
@@ -52,6 +62,11 @@ class Flow:
     def of(self, name: str) -> tuple[float, float]:
         """Of the weight that makes tensor ``name``, and of its own rounding."""
         return self.weights.get(name, 0.0), sum(part for (site, _), part in self.roundings.items() if site == name)
+
+
+def _multiplies(value: ir.Value) -> bool:
+    node = value.producer()
+    return node is not None and node.op_type in placement.CONVOLUTIONS | placement.PRODUCTS
 
 
 @dataclass(frozen=True)
@@ -75,23 +90,42 @@ class Sources:
         for name, copy in self.beside.copies.items():
             if site not in copy.reads:
                 continue
-            node = self._made[name].producer()
+            node = self._made[self.layer_of(name) or name].producer()
             rows = placement.input_rows(node) if node is not None else None
             if rows is None:
                 return []
             found.append(rows)
         return found
 
-    def is_layer(self, name: str) -> bool:
-        """Whether tensor ``name`` is made by a convolution or matrix product with a rounded weight."""
+    def layer_of(self, name: str) -> str | None:
+        """The tensor made by the convolution or matrix product with a rounded weight that makes tensor ``name``.
+
+        It is ``name`` itself, or what a bias is added to, where the quantised model has nothing of that name: of a product whose
+        outlying channels are multiplied apart, for instance.
+        """
         copy, value = self.beside.copies.get(name), self._made.get(name)
-        node = value.producer() if value is not None else None
-        multiplies = node is not None and node.op_type in placement.CONVOLUTIONS | placement.PRODUCTS
-        return multiplies and copy is not None and copy.weights is not None
+        if copy is None or copy.weights is None or value is None:
+            return None
+        if _multiplies(value):
+            return name
+        node = value.producer()
+        made = [read for read in node.inputs if read is not None and _multiplies(read)] if node is not None else []
+        return str(made[0].name) if len(made) == 1 and made[0].name not in self.beside.reference else None
 
     @cached_property
     def layers(self) -> frozenset[str]:
-        return frozenset(name for name in self.beside.copies if self.is_layer(name))
+        return frozenset(layer for name in self.beside.copies if (layer := self.layer_of(name)) is not None)
+
+    def by_layer(self, flow: Flow) -> Flow:
+        """``flow`` with layers where it has the tensors that they are part of."""
+        found = Flow()
+        for name, part in flow.weights.items():
+            layer = self.layer_of(name) or name
+            found.weights[layer] = found.weights.get(layer, 0.0) + part
+        for (site, reader), part in flow.roundings.items():
+            key = (site, self.layer_of(reader) or reader)
+            found.roundings[key] = found.roundings.get(key, 0.0) + part
+        return found
 
     def rounding_maker(self, site: str) -> str | None:
         """What, if kept, leaves ``site`` unrounded for all: the tensor of the node that rounds what it makes; None where
@@ -104,9 +138,11 @@ class Sources:
             if previous is None:
                 break
             node = previous
-        if node is None or node.op_type in placement.PRODUCTS:
+        name = str(node.outputs[0].name) if node is not None else ""
+        layer = self._made.get(self.layer_of(name) or name)
+        maker = layer.producer() if layer is not None else None
+        if maker is None or maker.op_type in placement.PRODUCTS:
             return None
-        name = str(node.outputs[0].name)
         copy = self.beside.copies.get(name)
         return name if copy is not None and copy.reads else None
 
@@ -120,10 +156,16 @@ def changes(
     observed: Observed,
     *,
     searched: bool,
+    learnt_db: LearntDb,
 ) -> tuple[Advice, ...]:
-    """At most `CHANGES`, those with the largest gain first, a search last; arguments as of `compiler.quantize.explain.explain`."""
+    """At most `CHANGES`, those with the largest gain first, a search last; arguments as of `compiler.quantize.explain.explain`.
+
+    Args:
+        learnt_db: measures what learning gains.
+    """
+    flow = sources.by_layer(flow)
     kept = list(_kept(engine, flow, sources))
-    found = kept[:CHANGES]
+    found = [*kept[:CHANGES], *_learnt(engine, section, flow, sources, learnt_db)]
     if engine.ranged:
         found += _smoothed(section, flow, sources, observed)
         found += _ranged(section, tensors, flow, sources, observed)
@@ -154,7 +196,7 @@ def removed(keep: Collection[str], flow: Flow, sources: Sources) -> float:
     part = sum(share for name, share in flow.weights.items() if name in keep)
     for (site, reader), share in flow.roundings.items():
         maker = sources.rounding_maker(site)
-        read = reader not in keep and (sources.is_layer(reader) or maker is None)
+        read = reader not in keep and (reader in sources.layers or maker is None)
         if not read and (maker is None or maker in keep):
             part += share
     return part
@@ -165,7 +207,7 @@ def _kept(engine: EngineSection, flow: Flow, sources: Sources) -> Iterator[Advic
     sets = {frozenset({name}) for name in sources.layers}
     for site in {site for site, _ in flow.roundings}:
         maker = sources.rounding_maker(site)
-        readers = {reader for read, reader in flow.roundings if read == site and sources.is_layer(reader)}
+        readers = {reader for read, reader in flow.roundings if read == site and reader in sources.layers}
         sets.add(frozenset(readers | ({maker} if maker is not None else set())))
     gains = {keep: gain_db(removed(keep, flow, sources)) for keep in sets if keep and not keep >= sources.layers}
     used: set[str] = set()
@@ -209,6 +251,31 @@ def _searched(flow: Flow, sources: Sources) -> list[Advice]:
         f"{100 * part:.0f} % of the noise"
     )
     return [Advice(change=change, lines=("[search]",), gain_db=gain_db(part))]
+
+
+def _learnt(
+    engine: EngineSection,
+    section: QuantizeSection,
+    flow: Flow,
+    sources: Sources,
+    learnt_db: LearntDb,
+) -> list[Advice]:
+    """Roundings of weights that are learnt, where they are to nearest. In FP8 beside rounded activations none is."""
+    by_itself = engine.precision is Precision.INT4
+    if section.rounding != "nearest" and (by_itself or section.rounding != "auto"):
+        return []
+    if engine.precision is Precision.FP8 and not engine.weights_only:
+        return []
+    shares = {name: share for name, share in flow.weights.items() if name in sources.layers and share > 0}
+    if gain_db(sum(shares.values())) < LEAST_DB:
+        return []
+    ranked = sorted(shares, key=shares.__getitem__, reverse=True)
+    gains = dict(zip(ranked, learnt_db(ranked[:LEARNT]), strict=False))
+    least = min(gains.values())
+    part = sum(share * (1 - 10 ** (-gains.get(name, least) / 10)) for name, share in shares.items())
+    change = "learn how to round weights, from what they are multiplied by"
+    lines = ("[quantize]", f'rounding = "{"auto" if by_itself else "gptq"}"')
+    return [Advice(change=change, lines=lines, gain_db=gain_db(part))]
 
 
 # --- ranges ---------------------------------------------------------------------------------------------------------

@@ -263,6 +263,7 @@ class _Builder:
         self._copied: dict[tuple[ir.Value, bool], ir.Value] = {}
         self._scaled: dict[str, ir.Value] = {}
         self._read_from: dict[str, ir.Value] = {}
+        self._passed: dict[ir.Node, list[ir.Value]] = {}
         self._beside = Beside()
 
     def build(self) -> Beside:
@@ -320,8 +321,16 @@ class _Builder:
         return self._duplicate(node, inputs)[value.index() or 0]
 
     def _theirs(self, value: ir.Value) -> ir.Value:
-        """The quantised model's tensor, on the FP32 model's scale; an input of the model, or a constant, as it is."""
-        name = str(value.name)
+        """The quantised model's tensor, on the FP32 model's scale, or what the FP32 model makes of such where the quantised one has
+        none of that name; an input of the model, or a constant, as it is."""
+        name, node = str(value.name), value.producer()
+        if name not in self._beside.reference and node is not None:
+            inputs = [None if read is None else self._theirs(read) for read in node.inputs]
+            if inputs == list(node.inputs):
+                return value
+            if node not in self._passed:
+                self._passed[node] = self._duplicate(node, inputs)
+            return self._passed[node][value.index() or 0]
         if name not in self._beside.reference or value.is_graph_input() or value.shape is None:
             return value
         if name not in self._read_from:

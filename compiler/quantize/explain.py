@@ -16,7 +16,7 @@ taken, but of A and A_w, where one contains the other.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,10 +27,11 @@ import onnx_ir as ir
 from compiler import onnx_files
 from compiler.data import Samples
 from compiler.errors import BuildError
-from compiler.quantize import advice, beside, graphs, qdq
+from compiler.quantize import advice, beside, graphs, qdq, weights
 from compiler.quantize.advice import OUTLYING, Flow, Sources, outlying
 from compiler.quantize.beside import Beside, Rounding
 from compiler.quantize.fidelity import Power, pick
+from compiler.quantize.gram import Source
 from compiler.quantize.observe import Observed, chosen, load
 from compiler.recipe import EngineSection, QuantizeSection
 from compiler.spec import (
@@ -48,6 +49,9 @@ from compiler.spec import (
 )
 
 SAMPLES = 8
+
+LEARNT_SAMPLES = 64
+"""To see what learning the rounding of one layer's weight would gain."""
 
 TAIL = 20.0
 """A peak this many times the root of the mean square leaves most values less than a tenth of the steps."""
@@ -112,6 +116,15 @@ def explain(
     # What calibration saw of a tensor tells nothing about its channels after factors.
     observed = {name: statistics for name, statistics in observed.items() if name not in measured.rescaled}
     tensors = _tensors(original, measured, flow, observed, section)
+    source = Source(
+        model=model,
+        data=data,
+        samples=min(statistics.samples, LEARNT_SAMPLES),
+        open_model=open_model,
+        threads=threads,
+        out_dir=out_dir,
+    )
+
     changes = advice.changes(
         engine,
         section,
@@ -120,6 +133,7 @@ def explain(
         Sources(measured.beside, original),
         observed,
         searched=searched,
+        learnt_db=lambda names: weights.gains_of_learning(original, names, engine, source),
     )
     notes = []
     spoilt = [name for name, power in measured.total.items() if power.spoilt]
@@ -326,9 +340,8 @@ def _book(node: ir.Node, name: str, part: float, measured: _Measured, flow: Flow
     for site in copy.reads if copy is not None else ():
         sites[site] = _strength(measured.rounding.get(site), added)
     before = {}
-    for value in dict.fromkeys(node.inputs):
-        if value is not None and str(value.name) in measured.total:
-            before[str(value.name)] = _strength(measured.total[str(value.name)], added)
+    for known in _nearest_known(node, measured.total):
+        before[known] = _strength(measured.total[known], added)
     passed = measured.passed.get(name, Power()).noise if sum(before.values()) > 0 else 0.0
     shares = [by_weight, (alone - by_weight) if sum(sites.values()) > 0 else 0.0, passed]
     if not sum(shares):
@@ -345,6 +358,20 @@ def _book(node: ir.Node, name: str, part: float, measured: _Measured, flow: Flow
     for before_name, strength in before.items():
         if of_before and strength:
             weight[before_name] = weight.get(before_name, 0.0) + of_before * strength / sum(before.values())
+
+
+def _nearest_known(node: ir.Node, known: Collection[str]) -> list[str]:
+    """Of the tensors that ``node`` reads, those that are ``known``; of the others, those that they are made of."""
+    found, left = dict[str, None](), list(node.inputs)
+    for value in left:  # which grows meanwhile
+        if value is None:
+            continue
+        maker = value.producer()
+        if str(value.name) in known:
+            found[str(value.name)] = None
+        elif maker is not None:
+            left += maker.inputs
+    return list(found)
 
 
 def _strength(power: Power | None, absolute: bool) -> float:

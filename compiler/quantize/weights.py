@@ -101,6 +101,34 @@ def convert(
     return Quantised(notes=(*notes, *raised), seen_as={}, observed=known)
 
 
+def gains_of_learning(graph: ir.Graph, names: Sequence[str], engine: EngineSection, source: Source) -> list[float]:
+    """How much less the outputs of the layers that make the tensors ``names`` err, in dB, on samples that nothing was learnt
+    from, where the rounding of their weights is learnt (GPTQ); 0 where it cannot be.
+
+    Args:
+        graph: of the model of ``source``.
+        names: of the tensors.
+        engine: in whose format the weights would be.
+        source: of what the layers read.
+
+    Raises:
+        BuildError: the model cannot be run.
+    """
+    by_name = {str(use.layer.outputs[0].name): use for use in uses_of(graph)}
+    stores = []
+    for name in names:
+        use = by_name.get(name)
+        form = form_of(use, False, _FORMATS[engine.precision], engine.block) if use is not None else None
+        stores.append(_stores({use: form}, learned=True)[0] if use is not None and form is not None else None)
+    gains = []
+    wanted = [() if store is None else store.reads for store in stores]
+    for store, grams in zip(stores, source.stream(wanted), strict=True):
+        found = grams.get(store.reads[0]) if store is not None and store.reads else None
+        outcome = _round_one(store, found, engine.rest, "gptq") if store is not None else None
+        gains.append(outcome.gain_db or 0.0 if outcome is not None else 0.0)
+    return gains
+
+
 def _method(asked: Rounding, steps: Steps) -> tuple[Rounding, list[str]]:
     """What to do about a format, and a note where that is not what was named: for eight bits ``auto`` gathers nothing.
 

@@ -199,6 +199,41 @@ def test_outlier_channels_are_named_and_smoothing_gains_what_was_said(tmp_path: 
     assert not any("smooth" in line for change in after.advice for line in change.lines)
 
 
+def test_noise_that_a_split_product_passes_on_is_not_its_own(tmp_path: Path) -> None:
+    """Of a product whose outlying channels are multiplied apart the quantised model knows only the sum with its bias."""
+    net = Net(6)
+    hidden = net.op("Tanh", [net.linear("x", "first", (32, 256))], "hidden")
+    scale = np.ones(256, np.float32)
+    scale[:8] = 100
+    net.linear(net.op("Mul", [hidden, net.weight("scale", scale)], "outlying"), "y", (256, 16))
+    samples = networks.normal_samples(24, 32)
+    for sample in samples:
+        sample["x"][:, 0] *= 200
+    bench = Bench(tmp_path, net.model({"x": ["batch", 32]}, {"y": ["batch", 16]}), samples)
+    found = explained(bench, split="on")
+    assert "outlying_outliers" in {value.name for value in onnx.load(bench.quantize(split="on", **OFF).path).graph.node}
+    assert named(found, "x").share > 0.9
+    assert named(found, "y").share < 0.05
+    kept = explained(bench, engine={"keep": ("y_product",)}, split="on")
+    assert sqnr(kept) == pytest.approx(sqnr(found), abs=0.3), "nothing to gain there"
+    advised = [change for change in found.advice if "'first_product'" in change.change]
+    assert advised and advised[0].gain_db > 10
+
+
+def test_the_layer_of_a_split_product_can_be_kept(tmp_path: Path) -> None:
+    net = Net(6)
+    scale = np.ones(256, np.float32)
+    scale[:8] = 20
+    mixed = net.linear(net.op("Mul", ["x", net.weight("scale", scale)], "outlying"), "mixed", (256, 64))
+    net.linear(net.op("Tanh", [mixed], "hidden"), "y", (64, 16))
+    bench = Bench(tmp_path, net.model({"x": ["batch", 256]}, {"y": ["batch", 16]}), networks.normal_samples(24, 256))
+    found = explained(bench, split="on")
+    change = next(change for change in found.advice if "'mixed_product'" in change.change)
+    kept = explained(bench, engine={"keep": ("mixed_product",)}, split="on")
+    assert change.gain_db > 1
+    assert sqnr(kept) - sqnr(found) == pytest.approx(change.gain_db, abs=1)
+
+
 def test_a_model_whose_numbers_eight_bits_hold_is_lossless(tmp_path: Path) -> None:
     """Inputs are whole numbers of steps, up to the peak; so are weights."""
     samples = [
@@ -341,6 +376,32 @@ def test_a_search_is_advised_where_many_layers_share_the_noise(tmp_path: Path) -
     assert not any(change.lines == ("[search]",) for change in explained(bench, searched=True).advice)
 
 
+@pytest.mark.parametrize(
+    ("engine", "line"),
+    [
+        ({"precision": Precision.INT4, "block": 16}, 'rounding = "auto"'),
+        ({"precision": Precision.INT8, "weights_only": True}, 'rounding = "gptq"'),
+        ({"precision": Precision.FP8, "weights_only": True}, 'rounding = "gptq"'),
+    ],
+    ids=["int4", "int8", "fp8"],
+)
+def test_learning_to_round_gains_about_what_was_said(tmp_path: Path, engine: dict[str, Any], line: str) -> None:
+    net = Net(4)
+    net.linear(net.op("Tanh", [net.linear("x", "l1", (64, 64))], "t"), "y", (64, 16))
+    mixed = np.random.default_rng(5).normal(size=(8, 64))
+    samples = [
+        {"x": np.random.default_rng(seed).normal(size=(8, 8)).astype(np.float32) @ mixed.astype(np.float32)}
+        for seed in range(64)
+    ]
+    bench = Bench(tmp_path, net.model({"x": ["batch", 64]}, {"y": ["batch", 16]}), samples)
+    found = explained(bench, engine=engine, rounding="nearest")
+    (advised,) = [change for change in found.advice if change.lines == ("[quantize]", line)]
+    learnt = explained(bench, engine=engine, rounding=line.split('"')[1])
+    assert advised.gain_db > 1
+    assert sqnr(learnt) - sqnr(found) == pytest.approx(advised.gain_db, abs=2)
+    assert not any("rounding" in text for change in learnt.advice for text in change.lines), "it is learnt already"
+
+
 def test_what_is_kept_already_stays_in_the_lines_to_paste(residual: Bench) -> None:
     found = explained(residual, engine={"keep": ("stem",), "name": "mine"})
     lines = next(change.lines for change in found.advice if change.change.startswith("keep "))
@@ -361,7 +422,7 @@ def test_few_samples_are_taken_of_those_that_set_no_range(tmp_path: Path) -> Non
         runner.run = lambda feeds: ran.append(1) or run(feeds)  # type: ignore[func-returns-value,method-assign]
         return runner
 
-    found = explained(bench, open_with=watched)
+    found = explained(bench, open_with=watched, rounding="gptq")
     assert (found.samples, found.fresh, found.data_sha256) == (SAMPLES, True, bench.data.sha256)
     assert len(ran) == 2 * SAMPLES, "two models, once"
 
