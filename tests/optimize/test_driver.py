@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import re
 from collections.abc import Callable
@@ -217,6 +218,21 @@ def test_a_name_that_no_pass_has_is_a_recipe_error(tmp_path: Path, out: Path, na
     with pytest.raises(RecipeError) as caught:
         optimize(OptimizeSection(skip=(name,)), network(tmp_path / "in"), open_model=open_model, out_dir=out)
     assert caught.value.message == f"[optimize] skip: no pass is named '{name}'; {hint}"
+
+
+def test_nobody_holds_the_model_while_the_runtime_opens_it(tmp_path: Path, out: Path) -> None:
+    """It is in memory twice then. Of what was optimised only the parsed file is left, whose weights are not read."""
+    held: list[int] = []
+    gc.collect()
+    before = {id(thing) for thing in gc.get_objects() if isinstance(thing, ir.Graph)}
+
+    def watched(path: Path, **options: Any) -> Any:
+        held.append(sum(isinstance(thing, ir.Graph) and id(thing) not in before for thing in gc.get_objects()))
+        return open_model(path, **options)
+
+    optimize(EVERYTHING, network(tmp_path / "in"), open_model=watched, out_dir=out)
+    assert held[0] == 0
+    assert held[1] <= 1
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------
