@@ -250,9 +250,11 @@ def make(
     )
     # It takes the first few samples, which are the same however many follow.
     limit = recipe.quantize.samples if calibrated else recipe.data.validation_samples
-    shown = {"of": "calibration" if calibrated else "validation", "samples": min(limit or PROBE_SAMPLES, PROBE_SAMPLES)}
-    asked = {**interface, "export": plain["export"], "shown": shown}
-    export = add("export", {}, asked, beside={"data": data})
+    traced = {
+        "of": "calibration" if calibrated else "validation",
+        "samples": min(limit or PROBE_SAMPLES, PROBE_SAMPLES),
+    }
+    export = add("export", {}, {**interface, "export": plain["export"], "traced": traced}, beside={"data": data})
     reference = add("reference", {"data": data}, interface)
     model = add("optimize", {"model": export}, {"section": plain["optimize"]})
     original_to_select = add("reference_to_select", {"data": data}, interface) if searched else ""

@@ -51,7 +51,7 @@ from compiler.spec import (
 SAMPLES = 8
 
 LEARNT_SAMPLES = 64
-"""To see what learning the rounding of one layer's weight would gain."""
+"""To see what learning the rounding of weights would gain."""
 
 TAIL = 20.0
 """A peak this many times the root of the mean square leaves most values less than a tenth of the steps."""
@@ -124,7 +124,6 @@ def explain(
         threads=threads,
         out_dir=out_dir,
     )
-
     changes = advice.changes(
         engine,
         section,
@@ -361,15 +360,16 @@ def _book(node: ir.Node, name: str, part: float, measured: _Measured, flow: Flow
 
 
 def _nearest_known(node: ir.Node, known: Collection[str]) -> list[str]:
-    """Of the tensors that ``node`` reads, those that are ``known``; of the others, those that they are made of."""
-    found, left = dict[str, None](), list(node.inputs)
+    """Of the tensors that ``node`` reads, those that are ``known``; of other float ones, those that they are made of."""
+    found, left, seen = dict[str, None](), list(node.inputs), set[ir.Node]()
     for value in left:  # which grows meanwhile
         if value is None:
             continue
         maker = value.producer()
         if str(value.name) in known:
             found[str(value.name)] = None
-        elif maker is not None:
+        elif maker is not None and maker not in seen and graphs.is_float(value):
+            seen.add(maker)
             left += maker.inputs
     return list(found)
 
