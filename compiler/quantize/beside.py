@@ -315,21 +315,28 @@ class _Builder:
         """``value`` as the FP32 model's node makes it of the quantised model's tensors."""
         node = value.producer()
         assert node is not None, "made by a node"
-        inputs = [None if read is None else self._theirs(read) for read in node.inputs]
-        if inputs == list(node.inputs):
-            return None
-        return self._duplicate(node, inputs)[value.index() or 0]
+        passed = self._remade(node)[value.index() or 0]
+        return None if passed is value else passed
+
+    def _remade(self, node: ir.Node) -> list[ir.Value]:
+        """What the FP32 model's ``node`` makes of the quantised model's tensors; its own outputs where it reads none of them."""
+        if node not in self._passed:
+            inputs = [None if read is None else self._theirs(read) for read in node.inputs]
+            same = inputs == list(node.inputs)
+            self._passed[node] = list(node.outputs) if same else self._duplicate(node, inputs)
+        return self._passed[node]
 
     def _theirs(self, value: ir.Value) -> ir.Value:
         """The quantised model's tensor, on the FP32 model's scale, or what the FP32 model makes of such where the quantised one has
         none of that name; an input of the model, a constant, or what is not float, as it is."""
         name, node = str(value.name), value.producer()
-        if name not in self._beside.reference and node is not None and graphs.is_float(value) and not _encloses(node):
-            if node not in self._passed:
-                inputs = [None if read is None else self._theirs(read) for read in node.inputs]
-                same = inputs == list(node.inputs)
-                self._passed[node] = list(node.outputs) if same else self._duplicate(node, inputs)
-            return self._passed[node][value.index() or 0]
+        if (
+            name not in self._beside.reference
+            and node is not None
+            and graphs.is_float(value)
+            and not graphs.encloses(node)
+        ):
+            return self._remade(node)[value.index() or 0]
         if name not in self._beside.reference or value.is_graph_input() or value.shape is None:
             return value
         if name not in self._read_from:
@@ -355,7 +362,7 @@ class _Builder:
             if node is None or (str(value.name) in self._known and not head):
                 continue
             head = False
-            found.encloses |= _encloses(node)
+            found.encloses |= graphs.encloses(node)
             if is_rounding(node):
                 found.roundings.append(node)
                 left.append(_input(_input(node).producer()))
@@ -492,11 +499,6 @@ class _Pair:
             )
             value = output
         return value
-
-
-def _encloses(node: ir.Node) -> bool:
-    """Whether ``node`` holds a graph of its own."""
-    return any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
 
 
 def _input(node: ir.Node | None) -> ir.Value:

@@ -84,6 +84,11 @@ def enclosed(graph: ir.Graph) -> set[ir.Value]:
     return {v for g in graph.subgraphs() for node in g for v in node.inputs if v is not None} | enclosed_outputs(graph)
 
 
+def encloses(node: ir.Node) -> bool:
+    """Whether ``node`` holds a graph of its own."""
+    return any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
+
+
 def enclosed_outputs(graph: ir.Graph) -> set[ir.Value]:
     """Values that a subgraph returns, its own among them."""
     return {value for inner in graph.subgraphs() for value in inner.outputs}

@@ -164,9 +164,7 @@ def _form(node: ir.Node, model: ir.Model, number: Half) -> _Form | None:
     """What of ``node`` may be half by its schema; None where nothing may, or where it must not be touched."""
     if node.domain != "" or node.op_identifier() in model.functions or node.op_type in _NOT_IN_HALF:
         return None
-    if any(
-        attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()
-    ):
+    if graphs.encloses(node):
         return None
     if "output_dtype" in node.attributes and node.attributes["output_dtype"].as_int() != ir.DataType.UNDEFINED:
         return None
