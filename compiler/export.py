@@ -47,6 +47,7 @@ from compiler.recipe import Recipe, dims
 from compiler.source import Sources, call_user, is_user_code, load_callable, shown, user_line
 from compiler.spec import (
     Array,
+    DataSets,
     DimRange,
     Feeds,
     OnnxModel,
@@ -54,6 +55,7 @@ from compiler.spec import (
     Outputs,
     Precision,
     Progress,
+    Reference,
     Runner,
     TensorSpec,
     ValidationSet,
@@ -187,14 +189,20 @@ def open_original(
         ExportError: the model cannot be built.
         CalibrationError: there is no sample to find the outputs' shapes with.
     """
+    runner = _opened(recipe, sources, threads, open_model)
+    if isinstance(runner, _TorchRunner):
+        samples = first_samples(recipe, sources, 1) if sample is None else [sample]
+        runner.outputs = _at("", lambda: _output_specs(runner, recipe, samples))
+    return runner
+
+
+def _opened(recipe: Recipe, sources: Sources, threads: int, open_model: OpenModel) -> Runner:
+    """The original, of whose outputs nothing is known if it is PyTorch's."""
     if sources.kind == "onnx":
         assert sources.model_path is not None
         model_path = sources.model_path
         return _at("", lambda: open_model(model_path, threads=threads, optimize=False))  # type: ignore[no-any-return]
-    runner = _TorchRunner(_load(recipe, sources, []), recipe, threads=threads)
-    samples = first_samples(recipe, sources, 1) if sample is None else [sample]
-    runner.outputs = _at("", lambda: _output_specs(runner, recipe, samples))
-    return runner
+    return _TorchRunner(_load(recipe, sources, []), recipe, threads=threads)
 
 
 def compiled(original: Runner, sources: Sources) -> Runner:
@@ -218,14 +226,14 @@ def compiled(original: Runner, sources: Sources) -> Runner:
 def reference(
     recipe: Recipe,
     sources: Sources,
-    data: ValidationSet,
+    data: DataSets,
     *,
     threads: int,
     open_model: OpenModel,
     out_dir: Path,
     progress: Progress = no_progress,
-) -> Outputs:
-    """Run the original over the validation set, and store its outputs sample by sample.
+) -> Reference:
+    """Run the original over the sets that judge and select, and store its outputs sample by sample.
 
     Samples of equal shapes that follow one another run together, up to the optimum of the batch axis, where every
     input and output has that axis.
@@ -233,14 +241,34 @@ def reference(
     Raises:
         ExportError: the model cannot be built or fails on a sample.
     """
+    given = {"validation": data.validation, "selection": data.selection}
+    sets = {name: one for name, one in given.items() if one is not None}
+    total = sum(one.samples for one in sets.values())
+    found: dict[str, Outputs] = {}
+    with contextlib.closing(_opened(recipe, sources, threads, open_model)) as runner:
+        first = Samples(data.validation.path).feeds(0)
+        specs = _at("", lambda: _output_specs(runner, recipe, [first]))
+        for name, one in sets.items():
+            before = sum(outputs.samples for outputs in found.values())
+
+            def advance(done: int, before: int = before) -> None:
+                progress(before + done, total)
+
+            found[name] = _outputs(recipe, runner, specs, name, one, out_dir / name, advance)
+    return Reference(**found)
+
+
+def _outputs(
+    recipe: Recipe,
+    original: Runner,
+    specs: Sequence[TensorSpec],
+    name: str,
+    data: ValidationSet,
+    path: Path,
+    progress: Callable[[int], None],
+) -> Outputs:
+    """The original's outputs, which ``specs`` describe, for one set."""
     samples = Samples(data.path)
-    runner: Runner
-    if sources.kind == "onnx":
-        assert sources.model_path is not None
-        runner = open_model(sources.model_path, threads=threads, optimize=False)
-    else:
-        runner = _TorchRunner(_load(recipe, sources, []), recipe, threads=threads)
-    specs = _at("", lambda: _output_specs(runner, recipe, [samples.feeds(0)]))
     batch = batch_axis(recipe.inputs)
     together = batch is not None and all(batch in spec.shape for spec in (*recipe.inputs, *specs))
     axes = {spec.name: spec.shape.index(batch) if batch in spec.shape else 0 if spec.shape else None for spec in specs}
@@ -250,29 +278,21 @@ def reference(
         notes.append(f"original: run one sample at a time, as '{alone[0]}' has no axis '{batch}'")
     least, most = (recipe.axes[batch].min, recipe.axes[batch].opt) if together and batch else (1, 1)
     not_finite = 0
-    try:
-        with SampleWriter(out_dir / "outputs", batch_axes=axes) as writer:
-            for group in _groups(samples, most):
-                # the smallest batch that the model takes, filled up with the last sample
-                padded = [*group, *[group[-1]] * (least - len(group))]
-                feeds = samples.batch(padded) if together else samples.feeds(group[0])
-                outputs = _at(f"validation sample {group[0]}", lambda feeds=feeds: runner.run(feeds))  # type: ignore[misc]
-                for position in range(len(group)):
-                    one = {
-                        name: value.take([position], axes[name]) if together else value
-                        for name, value in outputs.items()
-                    }
-                    not_finite += not all(np.isfinite(value).all() for value in one.values() if value.dtype.kind == "f")
-                    writer.append(one)
-                progress(group[-1] + 1, len(samples))
-            sha256 = writer.close()
-    finally:
-        runner.close()
+    with SampleWriter(path, batch_axes=axes) as writer:
+        for group in _groups(samples, most):
+            # the smallest batch that the model takes, filled up with the last sample
+            padded = [*group, *[group[-1]] * (least - len(group))]
+            feeds = samples.batch(padded) if together else samples.feeds(group[0])
+            outputs = _at(f"{name} sample {group[0]}", lambda feeds=feeds: original.run(feeds))  # type: ignore[misc]
+            for position in range(len(group)):
+                one = {key: value.take([position], axes[key]) if together else value for key, value in outputs.items()}
+                not_finite += not all(np.isfinite(value).all() for value in one.values() if value.dtype.kind == "f")
+                writer.append(one)
+            progress(group[-1] + 1)
+        sha256 = writer.close()
     if not_finite:
-        notes.append(f"original: NaN or Inf in the outputs of {not_finite} of {len(samples)} validation samples")
-    return Outputs(
-        path=out_dir / "outputs", sha256=sha256, data_sha256=data.sha256, samples=len(samples), notes=tuple(notes)
-    )
+        notes.append(f"original: NaN or Inf in the outputs of {not_finite} of {len(samples)} {name} samples")
+    return Outputs(path=path, sha256=sha256, data_sha256=data.sha256, samples=len(samples), notes=tuple(notes))
 
 
 def _groups(samples: Samples, most: int) -> Iterator[list[int]]:

@@ -323,13 +323,21 @@ class Engine:
 
 @dataclass(frozen=True, kw_only=True)
 class Outputs:
-    """The outputs of the original model on the whole validation set, a `compiler.data.Samples` folder."""
+    """The outputs of the original model for every sample of a set, a `compiler.data.Samples` folder."""
 
     path: Path
     sha256: str
     data_sha256: str
     samples: int
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What engines are compared with: the original's outputs for the samples of `DataSets` that judge or select."""
+
+    validation: Outputs
+    selection: Outputs | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

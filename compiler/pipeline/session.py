@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from compiler import artifact, backends, durable, report, source
 from compiler import recipe as recipes
 from compiler.errors import (
@@ -187,7 +189,7 @@ def conclude(recipe: recipes.Recipe, plan: plans.Plan, finished: Any, options: O
             "onnx_bytes": original_bytes,
             "onnx_sha256": original.sha256,
             "opset": original.opset,
-            "notes": [*original.notes, *values["optimize"].notes, *values["reference"].notes],
+            "notes": [*original.notes, *values["optimize"].notes, *values["reference"].validation.notes],
         },
         scores=scores,
         latencies=latencies,
@@ -321,8 +323,10 @@ def _validate_again(manifest: artifact.Manifest, recipe_path: Path, overrides: t
             with store.fill(plan.step(f"build:{name}").key) as filling:
                 run.adopt(engine, filling.folder)
         threads = plans.threads_of(recipe)
+        # What a search chose by is of no use any more: where it is not in the store, it is neither read nor run.
+        chosen = msgspec.structs.replace(recipe, search=None)
         with console.ConsoleWatcher(out) as watcher:
-            finished = run.execute(plan, recipe, base, store, watcher, threads=threads, keep_going=False)
+            finished = run.execute(plan, chosen, base, store, watcher, threads=threads, keep_going=False)
         scores = {name: finished.values[f"accuracy:{name}"] for name in engines}
         return judge.judge(
             recipe.gates, tuple(engines.values()), scores, finished.values.get("latency"), manifest.original_bytes

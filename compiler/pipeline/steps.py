@@ -28,8 +28,8 @@ from compiler.spec import (
     Latencies,
     Latency,
     OnnxModel,
-    Outputs,
     Progress,
+    Reference,
     Runner,
     Scores,
     Search,
@@ -98,17 +98,14 @@ def _export(job: Job) -> OnnxModel:
     )
 
 
-def _reference(job: Job) -> Outputs:
+def _reference(job: Job) -> Reference:
     from compiler import export
     from compiler.backends.onnxruntime import open_model
 
-    sets: DataSets = job.inputs["data"]
-    judging = sets.selection if job.stage == "reference_to_select" else sets.validation
-    assert judging is not None, "a search has samples to select by"
     return export.reference(
         job.recipe,
         job.sources,
-        judging,
+        job.inputs["data"],
         threads=job.threads,
         open_model=open_model,
         out_dir=job.out_dir,
@@ -257,7 +254,12 @@ def _accuracy(job: Job) -> Scores:
     runner = backends.get(runs.backend).open(runs, threads=job.threads)
     try:
         scores = accuracy.score(
-            engine, runner, job.inputs["data"].validation, job.inputs["original"], **measures, progress=job.progress
+            engine,
+            runner,
+            job.inputs["data"].validation,
+            job.inputs["original"].validation,
+            **measures,
+            progress=job.progress,
         )
     finally:
         runner.close()
@@ -333,7 +335,6 @@ RUN: Mapping[str, Callable[[Job], Any]] = {
     "reference": _reference,
     "optimize": _optimize,
     "observe": _observe,
-    "reference_to_select": _reference,
     "search": _search,
     "quantize": _quantize,
     "explain": _explain,

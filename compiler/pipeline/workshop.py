@@ -27,6 +27,7 @@ from compiler.spec import (
     Engine,
     Feeds,
     OnnxModel,
+    Outputs,
     Precision,
     Runner,
     Scores,
@@ -65,9 +66,10 @@ class Workshop:
     """A `compiler.pipeline.search.Workshop` for the engine of one job."""
 
     def __init__(self, job: Job, budget: Sequence[GateSection]) -> None:
-        selection = job.inputs["data"].selection
-        assert selection is not None, "a search has samples to select by"
+        selection, original = job.inputs["data"].selection, job.inputs["original"].selection
+        assert selection is not None and original is not None, "a search has samples to select by"
         self.data: ValidationSet = selection
+        self._original: Outputs = original
         self._job = job
         self._budget = budget
         self._runs_here = backends.get(job.backend or "").cannot_run() is None
@@ -108,14 +110,14 @@ class Workshop:
             engine,
             runner,
             self.data,
-            self._job.inputs["original"],
+            self._original,
             metrics=measures["metrics"],
             losses=measures["losses"],
             agreements=measures["agreements"],
         )
 
     def noise(self, engine: Engine, runner: Runner, samples: int) -> float:
-        return accuracy.noise_share(engine, runner, self.data, self._job.inputs["original"], samples=samples)
+        return accuracy.noise_share(engine, runner, self.data, self._original, samples=samples)
 
     def noise_of_each(self, groups: Sequence[Group], samples: int) -> list[float] | None:
         job = self._job
