@@ -55,7 +55,7 @@ SHARE_OF_NOISE = 0.4
 SHARE_OF_TIMING = 0.15
 """This share of the time is left for latency."""
 
-NOISE_SAMPLES, NOISE_SAMPLES_ALONE = 16, 12
+NOISE_SAMPLES, NOISE_SAMPLES_ALONE = 16, 8
 """Samples for the noise of a mixture, and for that of each group alone, which only ranks them."""
 
 _MOST_NOISE = 1e30
@@ -97,8 +97,9 @@ class Workshop(Protocol):
 
     def judge(self, engine: Engine, scores: Scores) -> Verdict: ...
 
-    def time(self, runners: Mapping[str, Runner]) -> Mapping[str, Mapping[int, tuple[float, float]]]:
-        """By name and batch size ``(speed-up over the first, p50 in ms)``; nothing where engines cannot run here."""
+    def time(self, runners: Mapping[str, Runner], limit_s: float) -> Mapping[str, Mapping[int, tuple[float, float]]]:
+        """By name and batch size ``(speed-up over the first, p50 in ms)``, in about ``limit_s``; nothing where engines
+        cannot run here."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -472,7 +473,8 @@ class _Run:
         def measure() -> dict[str, dict[str, tuple[float, float]]]:
             with ExitStack() as stack:
                 runners = {str(place): stack.enter_context(one.opened())[1] for place, one in enumerate(finalists)}
-                taken = self._workshop.time(runners)
+                left_s = self._limit_s - self.journal.spent_s
+                taken = self._workshop.time(runners, max(left_s, self._limit_s * SHARE_OF_TIMING))
             return {name: {str(batch): pair for batch, pair in of.items()} for name, of in taken.items()}
 
         found = self._measured(json.dumps(["timed", [[one.precision, sorted(one.keep)] for one in finalists]]), measure)

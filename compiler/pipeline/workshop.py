@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from compiler.pipeline.steps import Job
 
 _TIMING = LatencySection(blocks=12, block_ms=40.0, limit_s=10.0, compile=False)
-"""How candidates are timed; batch sizes are the recipe's."""
+"""How candidates are timed, where so much time is left; batch sizes are the recipe's."""
 
 
 class _Fed:
@@ -151,12 +151,12 @@ class Workshop:
     def judge(self, engine: Engine, scores: Scores) -> Verdict:
         return judge.judge(self._budget, [engine], {engine.name: scores}, None, 1)[0]
 
-    def time(self, runners: Mapping[str, Runner]) -> Mapping[str, Mapping[int, tuple[float, float]]]:
+    def time(self, runners: Mapping[str, Runner], limit_s: float) -> Mapping[str, Mapping[int, tuple[float, float]]]:
         if not self._runs_here:
             return {}
         batches = self._job.recipe.batches
         taken = latency.measure(
-            _TIMING,
+            msgspec.structs.replace(_TIMING, limit_s=min(_TIMING.limit_s, limit_s / len(batches))),
             runners,
             self._feeds_at,
             batches,

@@ -31,8 +31,9 @@ WARM_S = 0.2
 STEADY_BLOCKS = 5
 STEADY_WITHIN = 0.02
 """Warm-up lasts at least `WARM_S`, and until the medians of its last `STEADY_BLOCKS` blocks agree this closely."""
-WARM_LIMIT_S = 2.0
-"""A candidate that does not hold still is warmed no longer than this, first call aside; a note says so."""
+WARM_LIMIT_S, WARM_SHARE = 2.0, 0.25
+"""A candidate that does not hold still is warmed no longer than this, first call aside, nor all together for more than
+this share of ``limit_s``; a note says so."""
 
 MIN_CALLS = 3
 """Calls of a candidate in a block, however slow they are."""
@@ -66,7 +67,7 @@ def measure(
 
     Each candidate runs ``max(3 calls, block_ms)`` in a block. ``section.blocks`` blocks are doubled, to at most 80, while
     ``undecided`` says of the latencies of a batch size that a gate on them is. No batch size takes longer than
-    ``section.limit_s``, but for 5 blocks, which it always gets.
+    ``section.limit_s``, but for 5 blocks, which it always gets; up to a quarter of it more goes to warming up.
 
     Args:
         candidates: ``"eager"`` (the original), ``"compile"`` where it works, and the engines by name. ``"control"``, the
@@ -132,17 +133,19 @@ def _measure_batch(
     advance: Callable[[int, int], None],
 ) -> tuple[list[Latency], list[str]]:
     names, notes = list(runners), []
+    distinct = len({id(runner) for runner in runners.values()})
+    warm_s = min(WARM_LIMIT_S, WARM_SHARE * section.limit_s / distinct)
     calls: dict[str, int] = {}
     for name, runner in runners.items():
         twin = next((other for other in calls if runners[other] is runner), None)
         if twin is not None:
             calls[name] = calls[twin]
             continue
-        call_s, steady = _warm(runner, feeds)
+        call_s, steady = _warm(runner, feeds, warm_s)
         calls[name] = max(MIN_CALLS, math.ceil(section.block_ms / 1e3 / call_s))
         if not steady:
             notes.append(
-                f"batch {batch}: {name} did not hold still within {WARM_LIMIT_S:g} s of warm-up "
+                f"batch {batch}: {name} did not hold still within {warm_s:.2g} s of warm-up "
                 f"(the last medians differ by more than {STEADY_WITHIN:.0%})"
             )
     samples: dict[str, list[float]] = {name: [] for name in names}
@@ -179,7 +182,7 @@ def _measure_batch(
         wanted = min(2 * wanted, MAX_BLOCKS)
 
 
-def _warm(runner: Runner, feeds: Feeds) -> tuple[float, bool]:
+def _warm(runner: Runner, feeds: Feeds, limit_s: float) -> tuple[float, bool]:
     """Seconds per call once warm, and whether it holds still. The first call, which may compile, does not count."""
     runner.time(feeds, 1)
     call_s = runner.time(feeds, 1)[0]
@@ -192,7 +195,7 @@ def _warm(runner: Runner, feeds: Feeds) -> tuple[float, bool]:
         last = medians[-STEADY_BLOCKS:]
         # Calls so slow that the limit ends their warm-up early have not been seen to move.
         steady = max(last) <= min(last) * (1 + STEADY_WITHIN)
-        if spent_s >= WARM_LIMIT_S or (steady and spent_s >= WARM_S and len(last) == STEADY_BLOCKS):
+        if spent_s >= limit_s or (steady and spent_s >= WARM_S and len(last) == STEADY_BLOCKS):
             return call_s, steady
 
 

@@ -72,6 +72,8 @@ class Fake:
     measured: list[str] = field(default_factory=list)
     """What was scored or looked at alone, in order."""
     timed: int = 0
+    time_left_s: float = 0.0
+    """What was left when engines were timed."""
 
     def plain(self, precision: Precision, out_dir: Path) -> OnnxModel:
         return self._model(EVERYTHING, precision, out_dir)
@@ -119,8 +121,9 @@ class Fake:
         gate = GateResult(engine="int8", gate="", outcome=outcome, measured=None, low=None, high=None, reason="")
         return Verdict(engine="int8", engine_sha256=engine.sha256, outcome=outcome, gates=(gate,))
 
-    def time(self, runners: Mapping[str, Runner]) -> Mapping[str, Mapping[int, tuple[float, float]]]:
+    def time(self, runners: Mapping[str, Runner], limit_s: float) -> Mapping[str, Mapping[int, tuple[float, float]]]:
         self.timed += 1
+        self.time_left_s = limit_s
         if not self.runs_here:
             return {}
         speeds = {name: self._speed(runner.engine) for name, runner in runners.items() if isinstance(runner, Opened)}
@@ -332,6 +335,7 @@ def test_the_time_limit_is_kept_and_what_was_left_out_is_said(
     result = found(fake, tmp_path, minutes=2.0)
     assert fake.clock <= 120
     assert result.seconds <= 120
+    assert fake.time_left_s == pytest.approx(max(120 - fake.clock, 0.15 * 120)), "what is left is for timing"
     assert any(
         note.startswith(
             ("2 minutes were over before", "no time was left to measure", "40 groups of layers were measured as ")

@@ -160,6 +160,15 @@ class TestSchedule:
         )
         assert machine.elapsed_s < 10
 
+    def test_all_candidates_together_warm_up_for_a_quarter_of_the_limit(self, run: Make) -> None:
+        machine = Machine()
+        restless = {name: machine.runner(name, 1.0, [1.0, *([1.0, 1.5] * 500)]) for name in ("eager", "int8")}
+        taken = run(restless, blocks=5, limit_s=2.0)
+        held = "did not hold still within 0.25 s of warm-up (the last medians differ by more than 2%)"
+        assert taken.notes[:2] == (f"batch 1: eager {held}", f"batch 1: int8 {held}")
+        blocks_s = sum(sum(latency.samples_s) for latency in taken.latencies)
+        assert 0.5 <= machine.elapsed_s - blocks_s < 0.7
+
     def test_blocks_double_to_80_while_a_gate_is_undecided(self, run: Make) -> None:
         seen: list[int] = []
 
