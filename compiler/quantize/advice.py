@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TypeAlias
@@ -62,6 +62,39 @@ class Flow:
     def of(self, name: str) -> tuple[float, float]:
         """Of the weight that makes tensor ``name``, and of its own rounding."""
         return self.weights.get(name, 0.0), sum(part for (site, _), part in self.roundings.items() if site == name)
+
+    def by_maker(self) -> dict[str, float]:
+        """By tensor, the part that its maker adds, by its weight and by reading what is rounded."""
+        found = dict(self.weights)
+        for (_, name), part in self.roundings.items():
+            found[name] = found.get(name, 0.0) + part
+        return found
+
+    def largest(self, count: int) -> list[str]:
+        """Tensors whose makers add most, at most ``count``."""
+        parts = self.by_maker()
+        return sorted((name for name in parts if parts[name] > 0), key=lambda name: -parts[name])[:count]
+
+    def as_measured(self, shares: Mapping[str, float]) -> Flow:
+        """The same, but what the makers in ``shares`` add together divided among them in that proportion.
+
+        >>> flow = Flow(weights={"a": 0.3, "b": 0.3}, roundings={("x", "a"): 0.1, ("b", "c"): 0.3})
+        >>> found = flow.as_measured({"a": 0.1, "b": 0.6})
+        >>> {name: round(part, 3) for name, part in found.by_maker().items()}, round(found.weights["a"], 3)
+        ({'a': 0.1, 'b': 0.6, 'c': 0.3}, 0.075)
+        """
+        parts, total = self.by_maker(), sum(shares.values())
+        if not total > 0:
+            return self
+        together = sum(parts[name] for name in shares)
+
+        def times(name: str) -> float:
+            return together * shares[name] / total / parts[name] if name in shares else 1.0
+
+        return Flow(
+            weights={name: part * times(name) for name, part in self.weights.items()},
+            roundings={(site, name): part * times(name) for (site, name), part in self.roundings.items()},
+        )
 
 
 def _multiplies(value: ir.Value) -> bool:

@@ -220,6 +220,26 @@ def test_noise_that_a_split_product_passes_on_is_not_its_own(tmp_path: Path) -> 
     assert advised and advised[0].gain_db > 10
 
 
+def test_noise_that_a_later_layer_takes_back_counts_for_what_is_left(tmp_path: Path) -> None:
+    """``s = a + a W`` with W close to -0.9 takes back nine tenths of what the weight of ``a`` adds; the noise at ``s`` is large."""
+    net = Net(7)
+    first = net.random.normal(size=(32, 32)).astype(np.float32) / 6
+    first[0] = 3  # one row sets the scale of every column
+    net.op("MatMul", ["x", net.weight("a_w", first)], "a")
+    back = -0.9 * np.eye(32) + net.random.normal(size=(32, 32)) / 40
+    net.op("Add", ["a", net.op("MatMul", ["a", net.weight("back_w", back.astype(np.float32))], "back")], "s")
+    net.op("MatMul", ["s", net.weight("y_w", net.random.normal(size=(32, 32)).astype(np.float32))], "y")
+    bench = Bench(tmp_path, net.model({"x": ["batch", 32]}, {"y": ["batch", 32]}), networks.normal_samples(24, 32))
+    engine = {"weights_only": True}
+    found = explained(bench, engine=engine)
+    kept = explained(bench, engine={**engine, "keep": ("a",)})
+    assert named(found, "a").added_db is not None
+    gained = sqnr(kept) - sqnr(found)
+    assert advice.gain_db(named(found, "a").share) == pytest.approx(gained, abs=0.5)
+    assert 0.02 < named(found, "a").share < 0.5
+    assert found.notes == ("rounded one by one, 3 of 3 tensors make 101% of the noise that all make together",)
+
+
 def test_the_layer_of_a_split_product_can_be_kept(tmp_path: Path) -> None:
     net = Net(6)
     scale = np.ones(256, np.float32)
@@ -355,11 +375,12 @@ def test_channels_that_a_pass_has_rescaled_are_no_error(tmp_path: Path) -> None:
         weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * by, name))
     moved = Bench(tmp_path / "moved", proto, samples).quantize(**OFF)
     found, expected = explained(equal, moved), explained(plain)
-    assert found.notes == ("2 tensors are compared after a factor per channel, by which the quantised model's differ",)
+    assert found.notes[0] == "2 tensors are compared after a factor per channel, by which the quantised model's differ"
     assert sqnr(found) == pytest.approx(sqnr(expected), abs=4)
     for name in ("b0_1", "b0_1_relu", "b0_2"):
         assert named(found, name).sqnr_db == pytest.approx(named(expected, name).sqnr_db, abs=3)
-        assert named(found, name).share == pytest.approx(named(expected, name).share, abs=0.05)
+        # Uneven channels share one scale, and are noisier for it; as an error they would be nearly all of the noise.
+        assert named(found, name).share < 0.25
 
 
 def test_a_search_is_advised_where_many_layers_share_the_noise(tmp_path: Path) -> None:
@@ -424,7 +445,9 @@ def test_few_samples_are_taken_of_those_that_set_no_range(tmp_path: Path) -> Non
 
     found = explained(bench, open_with=watched, rounding="gptq")
     assert (found.samples, found.fresh, found.data_sha256) == (SAMPLES, True, bench.data.sha256)
-    assert len(ran) == 2 * SAMPLES, "two models, once"
+    assert len(ran) == (2 + 1 + 2) * SAMPLES, (
+        "two models, once; a third without noise, and with that of either of two tensors"
+    )
 
 
 def test_a_model_that_the_runtime_refuses_is_said_not_to_be_explained(residual: Bench) -> None:
