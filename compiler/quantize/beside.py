@@ -6,14 +6,13 @@ Once more, as the FP32 model has it, it reads what the quantised model makes: th
 The first two are taken from the quantised graph as it is, back to where a tensor has a name that the FP32 model knows; nothing
 else is asked of how it was made, so that scales moved by SmoothQuant, or by whatever comes next, need no bookkeeping.
 
-Where a pass before the rounding has rescaled channels (equalisation: a convolution's output divided by what the next
-one's weight is multiplied by), tensors of one name differ by a factor per channel; `Factors` finds it, and the FP32
-values that copies read are multiplied by it.
+Where a pass before the rounding has rescaled channels, tensors of one name differ by a factor per channel
+(`compiler.quantize.moved`); the FP32 values that copies read are multiplied by it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import ml_dtypes
@@ -23,16 +22,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass, ShapeInferenc
 
 from compiler.onnx_files import FreeNames
 from compiler.quantize import graphs, placement
-from compiler.spec import Array, Feeds
-
-_RESCALED_DB = 10.0
-"""Factors per channel are believed where the FP32 model's values, times them, come closer by this much ..."""
-_ALIKE_DB = 25.0
-"""... and are further than this away without. What the rounding of weights alone does to means is systematic, too."""
-_MADE_UP_DB = 10.0
-"""What follows must make up for a factor: the outputs are closer by this much. An error is not made up for."""
-_ROWS = 4
-"""With fewer values for each, factors fit whatever there is."""
+from compiler.spec import Array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,139 +108,13 @@ def is_rounding(node: ir.Node | None) -> bool:
     )
 
 
-def unrounded(network: ir.Model) -> ir.Model:
-    """``network`` with activations as they are, in place; its weights stay rounded."""
-    for node in network.graph:
-        if is_rounding(node):
-            value = _input(_input(node).producer())
-            for consumer, index in tuple(node.outputs[0].uses()):
-                consumer.replace_input_with(index, value)
-    return network
-
-
-def moved(original: ir.Graph, quantised: ir.Graph, candidates: Mapping[str, Array]) -> dict[str, Array]:
-    """Those of ``candidates``, factors by tensor, that a pass has put there: the maker of the tensor has constants that
-    differ by factors along an axis, or reads a tensor of which that is so. What is merely wrong looks otherwise.
-    """
-    makers = {str(value.name): node for node in quantised for value in node.outputs}
-    found: dict[str, Array] = {}
-    for node in original:
-        for value in node.outputs:
-            name = str(value.name)
-            if name not in candidates or name not in makers:
-                continue
-            passed = any(read is not None and str(read.name) in found for read in node.inputs)
-            if passed or _constants_moved(node, makers[name]):
-                found[name] = candidates[name]
-    return found
-
-
-def may_have_moved(original: ir.Graph, quantised: ir.Graph) -> bool:
-    """Whether `moved` could find anything, by a look at the constants alone."""
-    makers = {str(value.name): node for node in quantised for value in node.outputs}
-    return any(
-        _constants_moved(node, makers[str(value.name)])
-        for node in original
-        for value in node.outputs[:1]
-        if str(value.name) in makers
-    )
-
-
-def _constants_moved(ours: ir.Node, theirs: ir.Node) -> bool:
-    pairs = zip(ours.inputs, theirs.inputs, strict=False)
-    return any(_by_factors(placement.constant(one), _dequantised(other)) for one, other in pairs)
-
-
-def _by_factors(ours: Array | None, theirs: Array | None) -> bool:
-    """Whether two constants differ by a factor for each place of one axis, and by little else."""
-    if ours is None or theirs is None or ours.shape != theirs.shape or ours.dtype.kind != "f":
-        return False
-    x, y = ours.astype(np.float64), theirs.astype(np.float64)
-    before = float(((x - y) ** 2).sum())
-    for axis in range(x.ndim):
-        others = tuple(i for i in range(x.ndim) if i != axis)
-        xx, xy = (x * x).sum(axis=others, keepdims=True), (x * y).sum(axis=others, keepdims=True)
-        after = float(((x * xy / np.where(xx > 0, xx, 1) - y) ** 2).sum())
-        if after * 10 ** (_RESCALED_DB / 10) < before and after < 0.01 * float((y * y).sum()):
-            return True
-    return False
-
-
-def _dequantised(value: ir.Value | None) -> Array | None:
-    """The values of a constant, or of one that is stored in few bits."""
-    node = value.producer() if value is not None else None
-    if node is None or node.op_type != "DequantizeLinear":
-        return placement.constant(value)
-    steps, scale = placement.constant(node.inputs[0]), placement.constant(node.inputs[1])
-    if steps is None or scale is None:
-        return None
-    axis, block = (node.attributes[name].as_int() if name in node.attributes else 0 for name in ("axis", "block_size"))
-    if scale.ndim == 1 and steps.ndim > 1:
-        scale = scale.reshape([-1 if place == axis else 1 for place in range(steps.ndim)])
-    elif block:
-        scale = np.repeat(scale, block, axis=axis)
-    values: Array = steps.astype(np.float64) * scale
-    return values
-
-
-@dataclass(kw_only=True)
-class Factors:
-    """By which factor per channel one model's tensors are another's; sums over samples.
-
-    Channels are axis 1 of four axes or more, else the last.
-
-    >>> values, sums = np.arange(12, dtype=np.float32).reshape(4, 3) + 1, Factors()
-    >>> sums.add({"x": values, "y": values}, {"x": values * np.float32([1, 2, 4]), "y": values + 0.1})
-    >>> {name: factor.tolist() for name, factor in sums.found().items()}
-    {'x': [1.0, 2.0, 4.0]}
-    """
-
-    _sums: dict[str, list[Array]] = field(default_factory=dict)
-    _rows: dict[str, int] = field(default_factory=dict)
-
-    def add(self, expected: Feeds, found: Feeds) -> None:
-        for name in expected.keys() & found.keys():
-            x, y = expected[name].astype(np.float64), found[name].astype(np.float64)
-            if x.ndim < 2 or x.shape != y.shape or not x.size or not (np.isfinite(x).all() and np.isfinite(y).all()):
-                continue
-            axis = 1 if x.ndim >= 4 else x.ndim - 1
-            others = tuple(i for i in range(x.ndim) if i != axis)
-            sums = [(a * b).sum(axis=others, keepdims=x.ndim >= 4) for a, b in ((x, x), (x, y), (y, y))]
-            if x.ndim >= 4:
-                sums = [part.reshape(1, -1, *[1] * (x.ndim - 2)) for part in sums]
-            known = self._sums.get(name)
-            if known is None or known[0].shape == sums[0].shape:
-                self._sums[name] = sums if known is None else [a + b for a, b in zip(known, sums, strict=True)]
-                self._rows[name] = self._rows.get(name, 0) + x.size // x.shape[axis]
-
-    def found(self, outputs: Collection[str] = ()) -> dict[str, Array]:
-        """Of the tensors that differ by factors, and by little else, where ``outputs``, which never do, differ by less."""
-        rescaled = {}
-        off = max((self._off(name) for name in outputs if name in self._sums), default=0.0)
-        for name, (xx, xy, yy) in self._sums.items():
-            if name in outputs or off * 10 ** (_MADE_UP_DB / 10) > self._off(name):
-                continue
-            safe = np.where(xx > 0, xx, 1)
-            factor = np.where(xx > 0, xy / safe, 1.0)
-            before, after = (xx - 2 * xy + yy).sum(), (yy - xy**2 / safe).sum()
-            enough = self._rows[name] >= _ROWS and before > 10 ** (-_ALIKE_DB / 10) * xx.sum()
-            if enough and bool((factor > 0).all()) and max(after, 0.0) * 10 ** (_RESCALED_DB / 10) < before:
-                rescaled[name] = factor.astype(np.float32)
-        return rescaled
-
-    def _off(self, name: str) -> float:
-        """Noise over signal."""
-        xx, xy, yy = (part.sum() for part in self._sums[name])
-        return float((xx - 2 * xy + yy) / xx) if xx > 0 else 0.0
-
-
 def build(network: ir.Model, quantised: ir.Graph, rescaled: Mapping[str, Array]) -> Beside:
     """Put copies of nodes of ``quantised`` into ``network``, the FP32 model, in place, and show what is to be compared.
 
     Args:
         network: as `prepared`; its outputs are replaced.
         quantised: as `prepared`; its weights are shared.
-        rescaled: as of `Factors`.
+        rescaled: as of `moved.factors`.
     """
     return _Builder(network.graph, quantised, rescaled).build()
 

@@ -32,7 +32,7 @@ import onnx_ir as ir
 from compiler import onnx_files
 from compiler.data import Samples
 from compiler.errors import BuildError
-from compiler.quantize import advice, alone, beside, graphs, qdq, weights
+from compiler.quantize import advice, alone, beside, graphs, moved, qdq, weights
 from compiler.quantize.advice import OUTLYING, Flow, Sources, outlying
 from compiler.quantize.beside import Beside, Rounding
 from compiler.quantize.fidelity import Power, pick
@@ -54,9 +54,6 @@ from compiler.spec import (
 )
 
 SAMPLES = 8
-
-RESCALED_SAMPLES = 4
-"""To see by which factors channels differ."""
 
 LEARNT_SAMPLES = 64
 """To see what learning the rounding of weights would gain."""
@@ -246,7 +243,7 @@ class _Bench:
     def measure(self, taken: Sequence[int], progress: Progress) -> _Measured:
         original = beside.prepared(onnx_files.read(self.model.path))
         theirs = beside.prepared(onnx_files.read(self.quantised.path))
-        rescaled = self._rescaled(taken[:RESCALED_SAMPLES])
+        rescaled = moved.factors(original.graph, theirs.graph)
         # The quantised model is this one, raised where its types ask for a later opset.
         original.opset_imports.update(theirs.opset_imports)
         original.ir_version = theirs.ir_version
@@ -285,35 +282,6 @@ class _Bench:
     def clean(self) -> None:
         for file in self.out_dir.glob("explain-*"):
             file.unlink()
-
-    def _rescaled(self, taken: Sequence[int]) -> dict[str, Array]:
-        """Factors per channel between the two models, with no activation rounded."""
-        original = beside.prepared(onnx_files.read(self.model.path))
-        theirs = beside.unrounded(beside.prepared(onnx_files.read(self.quantised.path)))
-        if not beside.may_have_moved(original.graph, theirs.graph):
-            return {}
-        ours, sums = beside.made(original.graph), beside.Factors()
-        results = {spec.name for spec in self.model.outputs}
-        common = [
-            name
-            for name, value in beside.made(theirs.graph).items()
-            if name in ours.keys() - results
-            and graphs.is_float(value)
-            and graphs.is_float(ours[name])
-            and value.producer() is not None
-        ]
-        if not common:
-            return {}
-        for network in (original, theirs):
-            beside.show(network.graph, common)
-        with (
-            closing(self._open(original, "original")) as reference,
-            closing(self._open(theirs, "unrounded")) as candidate,
-        ):
-            for index in taken:
-                feeds = self.stored.feeds(index)
-                sums.add(reference.run(feeds), candidate.run(feeds))
-        return beside.moved(original.graph, theirs.graph, sums.found(results))
 
     def _open(self, network: ir.Model, label: str) -> Runner:
         path = self.out_dir / f"explain-{label}.onnx"

@@ -262,6 +262,23 @@ def constant(value: ir.Value | None) -> Array | None:
     return value.const_value.numpy() if is_constant(value) and value and value.const_value is not None else None
 
 
+def dequantised(value: ir.Value | None) -> Array | None:
+    """The values of a constant, or of one that is stored in few bits."""
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type != "DequantizeLinear":
+        return constant(value)
+    steps, scale = constant(node.inputs[0]), constant(node.inputs[1])
+    if steps is None or scale is None:
+        return None
+    axis, block = (node.attributes[name].as_int() if name in node.attributes else 0 for name in ("axis", "block_size"))
+    if scale.ndim == 1 and steps.ndim > 1:
+        scale = scale.reshape([-1 if place == axis else 1 for place in range(steps.ndim)])
+    elif block:
+        scale = np.repeat(scale, block, axis=axis)
+    values: Array = steps.astype(np.float64) * scale
+    return values
+
+
 def is_matrix(value: ir.Value | None) -> bool:
     """Whether ``value`` is a constant FP32 matrix or kernel that has elements."""
     tensor = value.const_value if value is not None and is_constant(value) else None
