@@ -40,10 +40,10 @@ class _Weights:
     """g [I]; None: 1."""
 
     def expected(self) -> Array:
-        """V as W and the factors have it."""
+        """V as W and the factors have it; 0 where they are not known."""
         found = self.ours
         if self.made is not None:
-            found = found * along(self.made, 0, found.ndim)
+            found = found * along(np.nan_to_num(self.made), 0, found.ndim)
         return found if self.read is None else found / along(self.read, 1, found.ndim)
 
     def ratio(self, axis: int) -> Array:
@@ -80,7 +80,7 @@ def factors(original: ir.Graph, quantised: ir.Graph) -> dict[str, Array]:
         own = maker.ratio(axis=0)
         made = np.where(np.isnan(told), np.where(np.isnan(own), 1, own), told)
         maker.made = made
-        if (np.abs(made - 1) < _ALIKE).all() or not maker.fit():
+        if np.isnan(told).all() or (np.abs(made - 1) < _ALIKE).all() or not maker.fit():
             maker.made = None
             continue
         for reader in pair.readers:

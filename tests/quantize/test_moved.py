@@ -72,6 +72,15 @@ def test_a_channel_that_nobody_reads_has_its_makers_factor(tmp_path: Path) -> No
     np.testing.assert_allclose(found["a"].reshape(-1), FIRST, rtol=0.02)
 
 
+def test_a_channel_that_nobody_reads_tells_nothing_of_those_above(tmp_path: Path) -> None:
+    unread = np.ones(CHANNELS)
+    unread[3] = 0
+    ours = _scaled(_chain(), ("c_w", 1, unread))
+    found = _found(tmp_path / "equalised", _equalised(ours), ours)
+    np.testing.assert_allclose(found["a"].reshape(-1), FIRST, rtol=0.02)
+    assert _found(tmp_path / "wrong", _scaled(ours, ("a_w", 0, FIRST)), ours) == {}
+
+
 def test_a_channel_that_is_nowhere_has_factor_one(tmp_path: Path) -> None:
     none = np.ones(CHANNELS)
     none[3] = 0
