@@ -37,8 +37,6 @@ class Noises:
     folder: Path
     files: dict[int, Path] = field(default_factory=dict)
     """By sample."""
-    outputs: dict[str, Power] = field(default_factory=dict)
-    """Noise and signal of the model's float outputs over these samples, where everything is rounded."""
 
     def add(self, index: int, pairs: Mapping[str, tuple[Array, Array]]) -> None:
         """
@@ -57,9 +55,10 @@ class Noises:
 
 def measure(
     model: OnnxModel,
-    noises: Noises,
     samples: Samples,
+    noises: Noises,
     names: Collection[str],
+    outputs: Mapping[str, Power],
     *,
     open_model: OpenModel,
     threads: int,
@@ -70,20 +69,22 @@ def measure(
 
     Args:
         model: in FP32.
-        noises: of the samples that are to be run again.
+        samples: those with noises are run again.
+        noises: of layers.
+        outputs: noise and signal of the model's float outputs over these samples, where everything is rounded.
         progress: told how many of them are done.
     """
-    shares = shares_of({name: power for name, power in noises.outputs.items() if power.noise > 0})
+    shares = shares_of(outputs)
     network = beside.prepared(onnx_files.read(model.path))
     inputs = add_inputs(network.graph, names)
     found = dict.fromkeys(inputs, 0.0)
     if not shares or not inputs:
         return {}
     path = noises.folder / "alone.onnx"
-    written = (path, *onnx_files.write(network, path)[1])
+    weights = onnx_files.write_graph(network, path)
     del network
     try:
-        with closing(open_model(path, threads=threads)) as runner:
+        with closing(open_model(path, threads=threads, weights=weights)) as runner:
             for done, (index, file) in enumerate(noises.files.items(), start=1):
                 silent = {spec.name: np.zeros((1,) * len(spec.shape), np.float32) for spec in inputs.values()}
                 feeds = {**samples.feeds(index), **silent}
@@ -94,11 +95,10 @@ def measure(
                         for output, share in shares.items():
                             power = Power()
                             power.add(expected[output], made[output])
-                            found[name] += share * power.noise / noises.outputs[output].noise
+                            found[name] += share * power.noise / outputs[output].noise
                 progress(done, len(noises.files))
     finally:
-        for part in written:
-            part.unlink()
+        path.unlink()
     return found
 
 

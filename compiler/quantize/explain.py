@@ -113,12 +113,14 @@ def explain(
     try:
         measured = bench.measure(taken, progress)
         original = beside.prepared(onnx_files.read(model.path)).graph
-        flow = _trace_back(original, measured)
+        outputs = {spec.name: measured.total[spec.name] for spec in model.outputs if spec.name in measured.total}
+        flow = _trace_back(original, measured, alone.shares_of(outputs))
         reaching = alone.measure(
             model,
-            noises,
             stored,
+            noises,
             flow.largest(alone.TENSORS),
+            outputs,
             open_model=open_model,
             threads=threads,
             progress=lambda done, of: progress(of + done, 2 * of),
@@ -169,12 +171,11 @@ def explain(
             f"rounded one by one, {len(reaching)} of {len(measured.beside.copies)} tensors make {sum(reaching.values()):.0%} of "
             "the noise that all make together"
         )
-    outputs = {spec.name: _db(measured.total[spec.name]) for spec in model.outputs if spec.name in measured.total}
     return Explanation(
         engine=engine.label,
         precision=quantised.precision,
         model_sha256=quantised.sha256,
-        outputs_db=outputs,
+        outputs_db={name: _db(power) for name, power in outputs.items()},
         tensors=tensors,
         advice=changes,
         samples=len(taken),
@@ -261,23 +262,14 @@ class _Bench:
                 given = {name: theirs_seen[theirs_name] for theirs_name, name in found.theirs.items()}
                 ours = {**feeds, **reference.run({**feeds, **given})}
                 self._add(sums, ours, theirs_seen, seen)
-                self._store(sums, index, ours, theirs_seen)
+                self._store(index, found, rescaled, ours)
                 progress(done, 2 * len(taken))
         return sums
 
-    def _store(self, sums: _Measured, index: int, ours: Feeds, theirs: Feeds) -> None:
-        found = sums.beside
-        for spec in self.model.outputs:
-            reference = found.reference.get(spec.name)
-            if reference is not None and ours[reference].dtype.kind == "f":
-                self.noises.outputs.setdefault(spec.name, Power()).add(ours[reference], theirs[spec.name])
-        self.noises.add(
-            index,
-            {
-                name: (ours[name], ours[copy.alone] / sums.rescaled.get(name, np.float32(1)))
-                for name, copy in found.copies.items()
-            },
-        )
+    def _store(self, index: int, found: Beside, rescaled: Mapping[str, Array], ours: Feeds) -> None:
+        one = np.float32(1)
+        pairs = {name: (ours[name], ours[copy.alone] / rescaled.get(name, one)) for name, copy in found.copies.items()}
+        self.noises.add(index, pairs)
 
     def clean(self) -> None:
         for file in self.out_dir.glob("explain-*"):
@@ -325,10 +317,9 @@ def _db(power: Power | None) -> float | None:
 # --- tracing back ---------------------------------------------------------------------------------------------------
 
 
-def _trace_back(graph: ir.Graph, measured: _Measured) -> Flow:
-    flow = Flow()
-    outputs = [str(value.name) for value in graph.outputs]
-    weight = alone.shares_of({name: measured.total[name] for name in outputs if name in measured.total})
+def _trace_back(graph: ir.Graph, measured: _Measured, outputs: Mapping[str, float]) -> Flow:
+    """Where what each of ``outputs`` counts for comes from."""
+    flow, weight = Flow(), dict(outputs)
     for node in reversed(graph):
         for output in node.outputs:
             name = str(output.name)
@@ -340,8 +331,8 @@ def _trace_back(graph: ir.Graph, measured: _Measured) -> Flow:
 def _book(node: ir.Node, name: str, part: float, measured: _Measured, flow: Flow, weight: dict[str, float]) -> None:
     """Distribute ``part`` of the outputs' noise, which came by way of tensor ``name``."""
     added = node.op_type in _ADDS
-    alone = measured.alone.get(name, Power()).noise
-    by_weight = min(measured.weights.get(name, Power()).noise, alone)
+    own = measured.alone.get(name, Power()).noise
+    by_weight = min(measured.weights.get(name, Power()).noise, own)
     copy = measured.beside.copies.get(name)
     sites = {}
     for site in copy.reads if copy is not None else ():
@@ -350,7 +341,7 @@ def _book(node: ir.Node, name: str, part: float, measured: _Measured, flow: Flow
     for known in _nearest_known(node, measured.total):
         before[known] = _strength(measured.total[known], added)
     passed = measured.passed.get(name, Power()).noise if sum(before.values()) > 0 else 0.0
-    shares = [by_weight, (alone - by_weight) if sum(sites.values()) > 0 else 0.0, passed]
+    shares = [by_weight, (own - by_weight) if sum(sites.values()) > 0 else 0.0, passed]
     if not sum(shares):
         if not sum(before.values()):
             return

@@ -33,15 +33,16 @@ def _measured(tmp_path: Path, pairs: dict[str, tuple[Array, Array]], outputs: di
     data = networks.calibration(tmp_path / "data", [{"x": f32([[1, 2]])}, {"x": f32([[3, 0]])}])
     folder = tmp_path / "out"
     folder.mkdir()
-    noises = alone.Noises(folder=folder, outputs=outputs)
+    noises = alone.Noises(folder=folder)
     for index in range(2):
         noises.add(index, pairs)
     seen: list[tuple[int, int]] = []
     found = alone.measure(
         model,
-        noises,
         Samples(data.path),
+        noises,
         tuple(pairs),
+        outputs,
         open_model=open_model,
         threads=1,
         progress=lambda done, total: seen.append((done, total)),
