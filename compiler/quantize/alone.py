@@ -37,6 +37,8 @@ class Noises:
     folder: Path
     files: dict[int, Path] = field(default_factory=dict)
     """By sample."""
+    keys: dict[str, str] = field(default_factory=dict)
+    """By tensor, in each of the files. A tensor may have any name, that of an argument of `numpy.savez` among them."""
 
     def add(self, index: int, pairs: Mapping[str, tuple[Array, Array]]) -> None:
         """
@@ -45,8 +47,9 @@ class Noises:
         """
         self.files[index] = self.folder / f"alone-{index}.npz"
         with np.errstate(invalid="ignore"):
-            noises = {name: np.where(exact == made, 0, made - exact) for name, (exact, made) in pairs.items()}
-        np.savez(self.files[index], allow_pickle=False, **noises)
+            noises = [np.where(exact == made, 0, made - exact) for exact, made in pairs.values()]
+        self.keys = {name: f"arr_{place}" for place, name in enumerate(pairs)}
+        np.savez(self.files[index], *noises, allow_pickle=False)
 
     def clean(self) -> None:
         for file in self.files.values():
@@ -91,7 +94,7 @@ def measure(
                 expected = runner.run(feeds)
                 with np.load(file) as stored:
                     for name, spec in inputs.items():
-                        made = runner.run({**feeds, spec.name: stored[name].astype(np.float32)})
+                        made = runner.run({**feeds, spec.name: stored[noises.keys[name]].astype(np.float32)})
                         for output, share in shares.items():
                             power = Power()
                             power.add(expected[output], made[output])

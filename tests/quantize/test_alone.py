@@ -78,9 +78,9 @@ def test_without_noise_in_the_outputs_there_is_nothing_to_measure(tmp_path: Path
 
 def test_infinities_that_stay_what_they_are_add_nothing(tmp_path: Path) -> None:
     noises = alone.Noises(folder=tmp_path)
-    noises.add(3, {"t": (f32([-np.inf, np.inf, 1]), f32([-np.inf, np.inf, 3]))})
+    noises.add(3, {"file": (f32([-np.inf, np.inf, 1]), f32([-np.inf, np.inf, 3]))})
     with np.load(noises.files[3]) as stored:
-        assert stored["t"].tolist() == [0, 0, 2]
+        assert stored[noises.keys["file"]].tolist() == [0, 0, 2]
 
 
 def test_a_tensor_keeps_its_name_and_what_no_node_makes_has_no_input() -> None:
