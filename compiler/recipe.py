@@ -60,7 +60,7 @@ class ModelSection(_Section, frozen=True, kw_only=True):
     revision: str | None = None
     """For ``hf:<id>``: the commit to load."""
     task: str = "feature-extraction"
-    """For ``hf:``: which head to load; see `compiler.export.HF_TASKS`."""
+    """For ``hf:``: which head to load; see `compiler.original.HF_TASKS`."""
     inputs: dict[str, InputSection]
     outputs: tuple[str, ...] = ()
     """Names for the outputs, in the order `forward` returns them; default: its dict keys, or output_0, output_1, ..."""

@@ -18,6 +18,7 @@ ROWS: tuple[frozenset[str], ...] = (
     frozenset({"cli"}),
     frozenset({"pipeline"}),
     frozenset({"export", "optimize", "quantize", "backends", "validate", "report", "artifact", "starter"}),
+    frozenset({"original"}),
     frozenset({"data", "metrics", "onnx_files"}),
     frozenset({"source"}),
     frozenset({"recipe"}),
@@ -26,8 +27,8 @@ ROWS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
 )
 LEAVES = {
-    "torch": ("export.py",),
-    "transformers": ("export.py",),
+    "torch": ("export.py", "original.py"),
+    "transformers": ("original.py",),
     "onnxruntime": ("backends/onnxruntime.py",),
     "tensorrt": ("backends/tensorrt/",),
     "tensorrt_rtx": ("backends/tensorrt/",),

@@ -23,6 +23,7 @@ from compiler import export, onnx_files, recipe, source
 from compiler.backends.onnxruntime import open_model
 from compiler.data import Samples, SampleWriter, collect
 from compiler.errors import BuildEngineError, BuildError, ExportError, RecipeError
+from compiler.original import compiled, feeds_at, load_original, open_original, reference
 from compiler.recipe import Recipe
 from compiler.source import Sources
 from compiler.spec import DataSets, DimRange, OnnxModel, Outputs, Reference, ValidationSet
@@ -83,7 +84,7 @@ class Case:
         return self.references(collect(self.recipe, self.sources, out_dir=self.folder / "data"), **options).validation
 
     def references(self, data: DataSets, **options: Any) -> Reference:
-        return export.reference(
+        return reference(
             self.recipe,
             self.sources,
             data,
@@ -189,7 +190,7 @@ def test_the_exported_model_computes_what_the_original_computes_at_sizes_never_t
     texts: tuple[Case, OnnxModel],
 ) -> None:
     case, model = texts
-    original = export.open_original(case.recipe, case.sources, threads=1, open_model=open_model)
+    original = open_original(case.recipe, case.sources, threads=1, open_model=open_model)
     exported = open_model(model.path)
     draw = np.random.default_rng(3)
     for batch, seq in ((1, 1), (5, 9), (4, 6), (1, 8)):
@@ -265,7 +266,7 @@ def test_outputs_are_named(tmp_path: Path, forward: str, more: str, names: list[
         "class Named(NamedTuple):\n    one: torch.Tensor\n    two: tuple\n"
     )
     case = _case(tmp_path, kinds + _net(forward), more=more)
-    runner = export.open_original(case.recipe, case.sources, threads=1, open_model=open_model)
+    runner = open_original(case.recipe, case.sources, threads=1, open_model=open_model)
     x = np.asarray([[1, 0, 0], [0, 1, 0]], np.float32)
     found = runner.run({"x": x})
     assert list(found) == names
@@ -311,14 +312,14 @@ def test_a_model_that_cannot_be_built_is_refused(tmp_path: Path, text: str, mess
 
 def test_a_mask_of_infinities_is_no_broken_weight(tmp_path: Path) -> None:
     case = _case(tmp_path, _net("return self.fc(x)", "self.register_buffer('mask', torch.tensor([float('-inf')]))"))
-    export.open_original(case.recipe, case.sources, threads=1, open_model=open_model)
+    open_original(case.recipe, case.sources, threads=1, open_model=open_model)
 
 
 def test_with_a_sample_at_hand_the_users_data_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = _case(tmp_path, _net("return self.fc(x)"))
-    monkeypatch.setattr(export, "first_samples", lambda *args: pytest.fail("calibration() may take its time"))
+    monkeypatch.setattr("compiler.original.first_samples", lambda *args: pytest.fail("calibration() may take its time"))
     options: dict[str, Any] = {"threads": 1, "open_model": open_model}
-    runner = export.open_original(case.recipe, case.sources, **options, sample={"x": np.zeros((1, 3), np.float32)})
+    runner = open_original(case.recipe, case.sources, **options, sample={"x": np.zeros((1, 3), np.float32)})
     assert [spec.name for spec in runner.outputs] == ["output_0"]
 
 
@@ -326,7 +327,7 @@ def test_a_keyword_argument_takes_any_input(tmp_path: Path) -> None:
     case = _case(
         tmp_path, "class Net(Linear):\n    def forward(self, **inputs):\n        return self.fc(inputs['x'])\n"
     )
-    runner = export.open_original(case.recipe, case.sources, threads=1, open_model=open_model)
+    runner = open_original(case.recipe, case.sources, threads=1, open_model=open_model)
     assert runner.run({"x": np.zeros((1, 3), np.float32)})["output_0"].tolist() == [BIAS.tolist()]
 
 
@@ -339,7 +340,7 @@ def test_random_weights_are_the_same_in_every_process(tmp_path: Path) -> None:
     case = _case(tmp_path, net)
     results = []
     for _ in range(2):
-        runner = export.open_original(case.recipe, case.sources, threads=1, open_model=open_model)
+        runner = open_original(case.recipe, case.sources, threads=1, open_model=open_model)
         results.append(runner.run({"x": np.zeros((1, 3), np.float32)})["output_0"].tolist())
         torch.rand(3)
         np.random.rand(3)
@@ -363,7 +364,7 @@ def _weights(tmp_path: Path, name: str, state: Any) -> Case:
 def test_weights_are_loaded_strictly(tmp_path: Path, name: str) -> None:
     good = {"fc.weight": torch.zeros(2, 3), "fc.bias": torch.tensor([3.0, 4.0])}
     case = _weights(tmp_path, name, good)
-    runner = export.open_original(case.recipe, case.sources, threads=1, open_model=open_model)
+    runner = open_original(case.recipe, case.sources, threads=1, open_model=open_model)
     assert runner.run({"x": np.ones((1, 3), np.float32)})["output_0"].tolist() == [[3, 4]]
     assert _weights(tmp_path, name, {"fc.weight": good["fc.weight"]}).refused() == (
         f"{name}: 'fc.bias' is missing; every parameter and buffer of Net was expected. Save the weights of this very "
@@ -397,7 +398,7 @@ def test_a_tied_weight_is_stored_once(tmp_path: Path) -> None:
         ),
         more='weights = "w.safetensors"',
     )
-    runner = export.open_original(case.recipe, case.sources, threads=1, open_model=open_model)
+    runner = open_original(case.recipe, case.sources, threads=1, open_model=open_model)
     assert runner.run({"x": np.ones((1, 3), np.float32)})["output_0"].tolist() == [[6, 6]]
 
 
@@ -750,7 +751,7 @@ def calibration():
 """
     axes = "batch = { min = 1, opt = 2, max = 5 }\nwide = { min = 4, opt = 8, max = 16 }"
     case = _case(tmp_path, text, inputs='x = { shape = ["batch", "wide"] }', axes=axes)
-    runner = export.open_original(case.recipe, case.sources, threads=1, open_model=open_model)
+    runner = open_original(case.recipe, case.sources, threads=1, open_model=open_model)
     assert [spec.shape for spec in runner.outputs] == [("batch", "?")]
     model = case.export()
     assert open_model(model.path).run({"x": np.ones((3, 12), np.float32)})["output_0"].tolist() == [[4.0] * 3] * 3
@@ -842,11 +843,11 @@ def test_an_onnx_file_is_taken_over_with_the_recipes_axes(tmp_path: Path) -> Non
     assert model.path.parent != tmp_path
     x = np.asarray([[1, 0, 0]], np.float32)
     assert open_model(model.path).run({"x": x})["y"].tolist() == [[1, 4]]
-    runner = export.open_original(case.recipe, case.sources, threads=1, open_model=open_model)
+    runner = open_original(case.recipe, case.sources, threads=1, open_model=open_model)
     assert runner.run({"x": x})["y"].tolist() == [[1, 4]]
     assert case.reference().samples == 4
     with pytest.raises(ExportError) as caught:
-        export.compiled(runner, case.sources)
+        compiled(runner, case.sources)
     assert caught.value.message == (
         "m.onnx: an ONNX file; a PyTorch model was expected for torch.compile. Set [latency] compile = false."
     )
@@ -949,7 +950,7 @@ def test_a_hugging_face_folder_is_exported(tmp_path: Path) -> None:
 def test_weights_that_a_hugging_face_model_lacks_are_not_made_up(tmp_path: Path) -> None:
     _bert(tmp_path, "BertForMaskedLM")
     case = _hf(tmp_path)
-    runner = export.open_original(case.recipe, case.sources, threads=1, open_model=open_model)
+    runner = open_original(case.recipe, case.sources, threads=1, open_model=open_model)
     assert [spec.name for spec in runner.outputs] == ["last_hidden_state"], "the pooler has no weights: left out"
     assert _hf(tmp_path, 'task = "text-classification"').refused() == (
         "hf:bert: the weights lack 4 parameters of BertForSequenceClassification, 'bert.pooler.dense.bias' for one; a model "
@@ -997,7 +998,7 @@ def test_a_missing_extra_is_one_sentence(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_the_original_runs_and_is_timed_from_array_to_array(tmp_path: Path) -> None:
     case = _case(tmp_path, _net("return {'y': self.fc(x), 'wide': (x * 2).bfloat16()}"))
-    runner = export.open_original(case.recipe, case.sources, threads=1, open_model=open_model)
+    runner = open_original(case.recipe, case.sources, threads=1, open_model=open_model)
     x = np.asarray([[1, 2, 3]], np.float32)
     x.setflags(write=False)
     found = runner.run({"x": x})
@@ -1023,7 +1024,7 @@ def test_the_original_runs_and_is_timed_from_array_to_array(tmp_path: Path) -> N
 )  # fmt: skip
 def test_feeds_that_do_not_fit_the_original_are_refused(tmp_path: Path, feeds: Any, message: str) -> None:
     case = _case(tmp_path, _net("return self.fc(x)"))
-    runner = export.open_original(case.recipe, case.sources, threads=1, open_model=open_model)
+    runner = open_original(case.recipe, case.sources, threads=1, open_model=open_model)
     with pytest.raises(BuildError) as caught:
         runner.run(feeds)
     assert caught.value.message == message
@@ -1032,7 +1033,7 @@ def test_feeds_that_do_not_fit_the_original_are_refused(tmp_path: Path, feeds: A
 def test_an_original_that_takes_no_sizes_at_all_cannot_be_opened(tmp_path: Path) -> None:
     case = _case(tmp_path, _net("raise ValueError('never')"))
     with pytest.raises(ExportError) as caught:
-        export.open_original(case.recipe, case.sources, threads=1, open_model=open_model)
+        open_original(case.recipe, case.sources, threads=1, open_model=open_model)
     assert caught.value.message == (
         f"m.py:{LINE}: forward() raised ValueError: never. Fix the file; the full traceback is in the log."
     )
@@ -1043,8 +1044,8 @@ def test_a_compiled_original_gives_the_same_outputs(tmp_path: Path, monkeypatch:
     real = torch.compile
     monkeypatch.setattr(torch, "compile", lambda module, **options: real(module, backend="eager", **options))
     case = _case(tmp_path, _net("return {'y': self.fc(x), 'z': x}"))
-    original = export.open_original(case.recipe, case.sources, threads=1, open_model=open_model)
-    runner = export.compiled(original, case.sources)
+    original = open_original(case.recipe, case.sources, threads=1, open_model=open_model)
+    runner = compiled(original, case.sources)
     for batch in (1, 4):
         x = np.random.default_rng(batch).normal(size=(batch, 3)).astype(np.float32)
         found = runner.run({"x": x})
@@ -1062,8 +1063,8 @@ def test_a_compiler_that_fails_is_a_reason(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(torch, "compile", compile_nothing)
     case = _case(tmp_path, _net("return self.fc(x)"))
-    original = export.open_original(case.recipe, case.sources, threads=1, open_model=open_model)
-    runner = export.compiled(original, case.sources)
+    original = open_original(case.recipe, case.sources, threads=1, open_model=open_model)
+    runner = compiled(original, case.sources)
     with pytest.raises(ExportError) as caught:
         runner.run({"x": np.zeros((1, 3), np.float32)})
     assert caught.value.message == (
@@ -1104,13 +1105,13 @@ def test_samples_to_select_by_follow_those_that_judge_in_the_model_that_is_loade
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded, seen = list[Any](), list[tuple[int, int]]()
-    load = export._load
+    load = load_original
 
     def counted(*args: Any) -> Any:
         loaded.append(load(*args))
         return loaded[-1]
 
-    monkeypatch.setattr(export, "_load", counted)
+    monkeypatch.setattr("compiler.original.load_original", counted)
     case = _case(tmp_path, _net("return {'y': self.fc(x)}") + "def validation():\n    yield from rows(2, 5)\n")
     data = _selecting(case, (1, 2, 3))
     found = case.references(data, progress=lambda done, total: seen.append((done, total)))
@@ -1222,11 +1223,11 @@ def test_feeds_repeat_and_cut_real_samples() -> None:
         {"x": np.asarray([[n, n + 1, n + 2]]), "state": np.asarray([[n], [-n]]), "shared": np.asarray([7, 8])}
         for n in (10, 20)
     ]
-    feeds = export._feeds_at(asked, samples, {"b": 3, "s": 4})
+    feeds = feeds_at(asked, samples, {"b": 3, "s": 4})
     assert feeds["x"].tolist() == [[10, 11, 12, 10], [20, 21, 22, 20], [10, 11, 12, 10]]
     assert feeds["state"].tolist() == [[10, 20, 10], [-10, -20, -10]]
     assert feeds["shared"].tolist() == [7, 8]
-    assert export._feeds_at(asked, samples, {"b": 1, "s": 1})["x"].tolist() == [[10]]
+    assert feeds_at(asked, samples, {"b": 1, "s": 1})["x"].tolist() == [[10]]
 
 
 def test_the_largest_tensor_grows_linearly_with_the_batch_and_quadratically_with_other_axes() -> None:

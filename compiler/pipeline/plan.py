@@ -69,13 +69,13 @@ STAGES: Mapping[str, Stage] = {
     "data": Stage(result=DataSets, sources=("data.py",), packages=("numpy",), error="CalibrationError"),
     "export": Stage(
         result=OnnxModel,
-        sources=("export.py", "backends/onnxruntime.py"),
+        sources=("export.py", "original.py", "backends/onnxruntime.py"),
         packages=("torch", "transformers", *_GRAPH, *_ORT),
         error="ExportError",
     ),
     "reference": Stage(
         result=Reference,
-        sources=("export.py", "backends/onnxruntime.py"),
+        sources=("original.py", "backends/onnxruntime.py"),
         packages=("torch", "transformers", *_GRAPH, *_ORT),
         error="ExportError",
     ),
@@ -120,7 +120,7 @@ STAGES: Mapping[str, Stage] = {
     "inspect": Stage(result=Interface, sources=("starter.py",), packages=(), error="ExportError"),
     "latency": Stage(
         result=Latencies,
-        sources=("validate", "export.py", "backends"),
+        sources=("validate", "original.py", "backends"),
         packages=("torch",),
         error="BuildError",
     ),

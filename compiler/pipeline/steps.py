@@ -99,10 +99,10 @@ def _export(job: Job) -> OnnxModel:
 
 
 def _reference(job: Job) -> Reference:
-    from compiler import export
+    from compiler import original
     from compiler.backends.onnxruntime import open_model
 
-    return export.reference(
+    return original.reference(
         job.recipe,
         job.sources,
         job.inputs["data"],
@@ -272,7 +272,7 @@ def _accuracy(job: Job) -> Scores:
 
 
 def _latency(job: Job) -> Latencies:
-    from compiler import export
+    from compiler import original
     from compiler.backends.onnxruntime import open_model
     from compiler.data import Samples
     from compiler.validate import judge, latency
@@ -284,10 +284,10 @@ def _latency(job: Job) -> Latencies:
     notes: list[str] = []
     samples = Samples(job.inputs["data"].validation.path)
 
-    original = export.open_original(
+    eager = original.open_original(
         job.recipe, job.sources, threads=job.threads, open_model=open_model, sample=samples.feeds(0)
     )
-    candidates["eager"] = original
+    candidates["eager"] = eager
     axis = batch_axis(job.recipe.inputs)
 
     def feeds_at(batch: int) -> Feeds:
@@ -296,7 +296,7 @@ def _latency(job: Job) -> Latencies:
     batches = job.recipe.batches
     if job.recipe.latency.compile:
         try:
-            compiled = export.compiled(original, job.sources)
+            compiled = original.compiled(eager, job.sources)
             for batch in batches:
                 compiled.run(feeds_at(batch))
             candidates["compile"] = compiled

@@ -19,6 +19,7 @@ import onnx_ir as ir
 from compiler import onnx_files
 from compiler.data import Samples
 from compiler.errors import CalibrationError
+from compiler.quantize import placement
 from compiler.quantize.observe import alike, batch_limit
 from compiler.spec import Array, CalibrationSet, OnnxModel, OpenModel, Progress, no_progress
 
@@ -29,7 +30,6 @@ BATCH = 4
 SUSPECT_SAMPLES = 4
 SUSPECTS = 3
 
-_MAKERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _CEILING_DB = 60.0
 """Above this a tensor counts as exact when losses are ranked: what falls from 120 to 60 dB explains nothing."""
 
@@ -213,7 +213,11 @@ def _suspects(
         {value.name: value for value in (*network.graph.inputs, *(v for node in network.graph for v in node.outputs))}
         for network in networks
     ]
-    products = [node.outputs[0].name for node in networks[0].graph if node.op_type in _MAKERS]
+    products = [
+        node.outputs[0].name
+        for node in networks[0].graph
+        if node.op_type in placement.CONVOLUTIONS | placement.PRODUCTS
+    ]
     pairs = {str(name): str(name) for name in products if name in values[1]}
     pairs |= {name: seen for name, seen in seen_as.items() if name in values[0]}
     pairs = {name: other for name, other in pairs.items() if name not in divided}

@@ -103,8 +103,8 @@ def original_of(recipe: Any, sources: Any) -> tuple[Any, tuple[str, ...]]:
         MissingError: an ONNX file has no PyTorch original.
         ExportError: it cannot be built.
     """
-    export, runtime = module("compiler.export"), module("compiler.backends.onnxruntime")
-    runner = export.open_original(recipe, sources, threads=0, open_model=runtime.open_model)
+    original, runtime = module("compiler.original"), module("compiler.backends.onnxruntime")
+    runner = original.open_original(recipe, sources, threads=0, open_model=runtime.open_model)
     model = getattr(runner, "original", None)
     if model is None:
         raise MissingError("an ONNX source has no PyTorch original to time")

@@ -74,7 +74,7 @@ class TestRecipe:
         assert self.measured(line)["latency"] == {"missing": why}
 
     def test_an_onnx_file_has_no_original_to_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("compiler.export.open_original", lambda *a, **k: SimpleNamespace(outputs=()))
+        monkeypatch.setattr("compiler.original.open_original", lambda *a, **k: SimpleNamespace(outputs=()))
         with pytest.raises(missing.MissingError) as refused:
             recipes.original_of(None, None)
         assert str(refused.value) == "an ONNX source has no PyTorch original to time"
