@@ -165,7 +165,7 @@ class LatencySection(_Section, frozen=True, kw_only=True):
     block_ms: Annotated[float, Meta(gt=0)] = 50.0
     """Each candidate runs at least this long in a block."""
     limit_s: Annotated[float, Meta(gt=0)] = 60.0
-    """No batch size is measured longer than this, warm-up aside, but for 5 blocks."""
+    """No batch size is measured longer than this, but for 5 blocks, which it always gets; warming up takes up to a quarter more."""
     compile: bool = True
     """Time `torch.compile` of the original too, where it works."""
 
