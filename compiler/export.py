@@ -75,8 +75,9 @@ def export(
     """Write the original as ``model.onnx``, and compare the two on real samples at the extremes of every axis.
 
     Where torch's own optimisation of the graph breaks it (as its fusion of rotary embeddings does at opset 23), the
-    model is exported without, and a note says so. An ONNX source is copied, with its axes named as in the recipe, and its optimised run is compared with its
-    unoptimised one. ``probe.npz`` is one feed at the optimum of every axis; ``export.log`` holds what torch had to say.
+    model is exported without, and a note says so. An ONNX source is copied, with its axes named as in the recipe, and
+    its optimised run is compared with its unoptimised one. ``probe.npz`` is one feed at the optimum of every axis;
+    ``export.log`` holds what torch had to say.
 
     Args:
         recipe: names inputs, axes, tolerances.
@@ -103,7 +104,7 @@ def export(
     module: Original | None = None
     if sources.kind == "onnx":
         _adopt(recipe, sources, path, notes, external_above)
-        original = at("", lambda: open_model(path, optimize=False))
+        original = at("", open_model, path, optimize=False)
     else:
         module = load_original(recipe, sources, notes)
         original = TorchRunner(module, recipe, threads=0)
@@ -522,8 +523,8 @@ def _rename_axes(model: ir.Model, names: Mapping[str, str]) -> None:
 
 def _check_repeatable(original: Runner, probe: Feeds, recipe: Recipe, point: str, notes: list[str]) -> None:
     """The original, run twice on the same feed, gives the same outputs."""
-    first = at(point, lambda: original.run(probe))
-    second = at(point, lambda: original.run(probe))
+    first = at(point, original.run, probe)
+    second = at(point, original.run, probe)
     for name, value in first.items():
         difference = _difference(value, second[name], recipe.export.rtol, recipe.export.atol)
         if difference is not None:
@@ -560,7 +561,7 @@ def _compare(
         for done, sizes in enumerate(points, start=1):
             point = _point(sizes)
             feeds = feeds_at(recipe, samples, sizes)
-            expected = at(point, lambda feeds=feeds: original.run(feeds))  # type: ignore[misc]  # called at once
+            expected = at(point, original.run, feeds)
             try:
                 found = exported.run(feeds)
             except BuildError as exc:

@@ -22,7 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, ParamSpec, TextIO, TypeVar
 
 import numpy as np
 import safetensors
@@ -49,6 +49,9 @@ from compiler.spec import (
     dtype_of,
     no_progress,
 )
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 HF_TASKS: Mapping[str, str] = {
     "feature-extraction": "AutoModel",
@@ -89,7 +92,7 @@ def open_original(
     runner = _opened(recipe, sources, threads, open_model)
     if isinstance(runner, TorchRunner):
         samples = first_samples(recipe, sources, 1) if sample is None else [sample]
-        runner.outputs = at("", lambda: _output_specs(runner, recipe, samples))
+        runner.outputs = at("", _output_specs, runner, recipe, samples)
     return runner
 
 
@@ -97,8 +100,7 @@ def _opened(recipe: Recipe, sources: Sources, threads: int, open_model: OpenMode
     """The original, of whose outputs nothing is known if it is PyTorch's."""
     if sources.kind == "onnx":
         assert sources.model_path is not None
-        model_path = sources.model_path
-        return at("", lambda: open_model(model_path, threads=threads, optimize=False))  # type: ignore[no-any-return]
+        return at("", open_model, sources.model_path, threads=threads, optimize=False)
     return TorchRunner(load_original(recipe, sources, []), recipe, threads=threads)
 
 
@@ -144,7 +146,7 @@ def reference(
     found: dict[str, Outputs] = {}
     with contextlib.closing(_opened(recipe, sources, threads, open_model)) as runner:
         first = Samples(data.validation.path).feeds(0)
-        specs = at("", lambda: _output_specs(runner, recipe, [first]))
+        specs = at("", _output_specs, runner, recipe, [first])
         for name, one in sets.items():
             before = sum(outputs.samples for outputs in found.values())
 
@@ -180,7 +182,7 @@ def _outputs(
             # the smallest batch that the model takes, filled up with the last sample
             padded = [*group, *[group[-1]] * (least - len(group))]
             feeds = samples.batch(padded) if together else samples.feeds(group[0])
-            outputs = at(f"{name} sample {group[0]}", lambda feeds=feeds: original.run(feeds))  # type: ignore[misc]
+            outputs = at(f"{name} sample {group[0]}", original.run, feeds)
             for position in range(len(group)):
                 one = {key: value.take([position], axes[key]) if together else value for key, value in outputs.items()}
                 not_finite += not all(np.isfinite(value).all() for value in one.values() if value.dtype.kind == "f")
@@ -625,10 +627,10 @@ def feeds_at(recipe: Recipe, samples: Sequence[Feeds], sizes: Sizes) -> dict[str
     return feeds
 
 
-def at(point: str, run: Callable[[], Any]) -> Any:
-    """Run a runner in the export stage, where its failure is an export's."""
+def at(point: str, run: Callable[P, T], *args: P.args, **options: P.kwargs) -> T:
+    """What ``run`` returns, in the export stage, where a runner's failure is an export's."""
     try:
-        return run()
+        return run(*args, **options)
     except BuildError as exc:
         raise ExportError(f"{point}: {exc.message}" if point else exc.message) from exc
 
