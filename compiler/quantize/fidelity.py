@@ -55,15 +55,14 @@ class Power:
     def _add(self, reference: Array, found: Array) -> None:
         expected, got = reference.astype(np.float64), found.astype(np.float64)
         with np.errstate(invalid="ignore", over="ignore"):
-            signal, noise = float(np.sum(expected**2)), float(np.sum((expected - got) ** 2))
-        if math.isfinite(signal) and math.isfinite(noise):  # as nearly always: no need to look at each value
-            self.signal, self.noise = self.signal + signal, self.noise + noise
-            return
-        finite = np.isfinite(expected)
-        self.spoilt += int(np.count_nonzero(finite != np.isfinite(got)))
-        both = finite & np.isfinite(got)
-        self.signal += float(np.sum(expected[both] ** 2))
-        self.noise += float(np.sum((expected[both] - got[both]) ** 2))
+            signal, noise = _squares(expected, got)
+        if not (math.isfinite(signal) and math.isfinite(noise)):  # else, as nearly always, every value is
+            finite = np.isfinite(expected)
+            self.spoilt += int(np.count_nonzero(finite != np.isfinite(got)))
+            both = finite & np.isfinite(got)
+            signal, noise = _squares(expected[both], got[both])
+        self.signal += signal
+        self.noise += noise
 
     @property
     def sqnr_db(self) -> float:
@@ -75,6 +74,11 @@ class Power:
         if self.noise == 0.0:
             return math.inf
         return 10 * math.log10(self.signal / self.noise) if self.signal > 0.0 else -math.inf
+
+
+def _squares(expected: Array, got: Array) -> tuple[float, float]:
+    """Of what was expected, and of the difference, summed."""
+    return float(np.sum(expected**2)), float(np.sum((expected - got) ** 2))
 
 
 def check(
