@@ -124,14 +124,9 @@ def _apply(graph: ir.Graph, pair: Pair, factors: Array) -> None:
         graphs.forget_unused(graph, old)
 
     weight, bias = _weight(pair.maker), placement.constant(pair.maker.inputs[2]) if len(pair.maker.inputs) > 2 else None
-    replace(pair.maker, 1, weight / along(factors, 0, weight.ndim))
+    replace(pair.maker, 1, weight / placement.along(factors, 0, weight.ndim))
     if bias is not None:
         replace(pair.maker, 2, bias / factors)
     for reader in pair.readers:
         weight = _weight(reader)
-        replace(reader, 1, weight * along(factors, 1, weight.ndim))
-
-
-def along(factors: Array, axis: int, rank: int) -> Array:
-    """``factors`` [K] in a shape of ``rank`` axes of which ``axis`` has K places."""
-    return factors.reshape([-1 if place == axis else 1 for place in range(rank)])
+        replace(reader, 1, weight * placement.along(factors, 1, weight.ndim))

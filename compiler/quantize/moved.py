@@ -4,7 +4,7 @@ Cross-layer equalisation (`compiler.quantize.equalize`) divides what a convoluti
 weights of those that read it. Between the two, tensors of one name differ, and nothing is wrong. Where output channel o has
 been multiplied by f_o, and input channel i by g_i, weights W have become ``V[o, i] = f_o W[o, i] / g_i``.
 
-Factors are believed where maker and readers agree: what one side alone has is an error. Of a convolution whose output is as it
+Factors are believed where a maker and who reads it first agree: what one side alone has is an error. Of a convolution whose output is as it
 was, V tells g, and with it the f of what makes its input, and so on, up; then each is compared with its own V, from there down.
 """
 
@@ -16,7 +16,6 @@ import numpy as np
 import onnx_ir as ir
 
 from compiler.quantize import placement
-from compiler.quantize.equalize import along
 from compiler.spec import Array
 
 _LEFT = 0.01
@@ -43,8 +42,8 @@ class _Weights:
         """V as W and the factors have it; 0 where they are not known."""
         found = self.ours
         if self.made is not None:
-            found = found * along(np.nan_to_num(self.made), 0, found.ndim)
-        return found if self.read is None else found / along(self.read, 1, found.ndim)
+            found = found * placement.along(np.nan_to_num(self.made), 0, found.ndim)
+        return found if self.read is None else found / placement.along(self.read, 1, found.ndim)
 
     def ratio(self, axis: int) -> Array:
         """How many times what is expected V is, at each place of ``axis``; NaN where it cannot be told."""
@@ -86,7 +85,7 @@ def factors(original: ir.Graph, quantised: ir.Graph) -> dict[str, Array]:
         for reader in pair.readers:
             weights[reader].read = made
         for value in (pair.maker.outputs[0], pair.value):
-            found[str(value.name)] = along(made, 1, maker.ours.ndim).astype(np.float32)
+            found[str(value.name)] = placement.along(made, 1, maker.ours.ndim).astype(np.float32)
     return found
 
 

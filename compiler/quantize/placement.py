@@ -262,6 +262,11 @@ def constant(value: ir.Value | None) -> Array | None:
     return value.const_value.numpy() if is_constant(value) and value and value.const_value is not None else None
 
 
+def along(factors: Array, axis: int | None, rank: int) -> Array:
+    """``factors`` [K] in a shape of ``rank`` axes of which ``axis`` has K places; a single one, [], without an axis."""
+    return factors.reshape([-1 if place == axis else 1 for place in range(rank)] if axis is not None else [])
+
+
 def dequantised(value: ir.Value | None) -> Array | None:
     """The values of a constant, or of one that is stored in few bits."""
     node = value.producer() if value is not None else None
@@ -272,7 +277,7 @@ def dequantised(value: ir.Value | None) -> Array | None:
         return None
     axis, block = (node.attributes[name].as_int() if name in node.attributes else 0 for name in ("axis", "block_size"))
     if scale.ndim == 1 and steps.ndim > 1:
-        scale = scale.reshape([-1 if place == axis else 1 for place in range(steps.ndim)])
+        scale = along(scale, axis, steps.ndim)
     elif block:
         scale = np.repeat(scale, block, axis=axis)
     values: Array = steps.astype(np.float64) * scale

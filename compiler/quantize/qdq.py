@@ -201,8 +201,7 @@ def round_weight(
     scale = steps.scale(np.where(peak == 0, peak.max() or 1.0, peak), rest)
     if steps is INT8 and bias is not None and bias.shape == scale.shape:
         scale = in_rest(np.maximum(scale, np.abs(bias.astype(np.float64)) / (input_scale * BIAS_STEPS)), rest)
-    shape = [-1 if i == axis else 1 for i in range(weight.ndim)] if axis is not None else []
-    return steps.round(weight / scale.reshape(shape)), scale, zeros
+    return steps.round(weight / placement.along(scale, axis, weight.ndim)), scale, zeros
 
 
 def _integer_edges(graph: ir.Graph, placed: Placement) -> frozenset[Edge]:

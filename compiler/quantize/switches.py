@@ -128,8 +128,7 @@ class _Editor:
             assert weight is not None and weight.const_value is not None, "placed"
             exact = weight.const_value.numpy()
             steps, scale, _ = qdq.round_weight(exact, axis)
-            shape = [-1 if i == axis else 1 for i in range(exact.ndim)] if axis is not None else []
-            rounded = (steps.astype(np.float32) * scale.reshape(shape)).astype(np.float32)
+            rounded = (steps.astype(np.float32) * placement.along(scale, axis, exact.ndim)).astype(np.float32)
             made = graphs.register(self._graph, self._names.free(f"{weight.name}_rounded"), rounded)
             reader.replace_input_with(place, self._choose(reader, self._of_node[node], made, weight))
             graphs.forget_unused(self._graph, weight)
