@@ -324,9 +324,9 @@ def _validate_again(manifest: artifact.Manifest, recipe_path: Path, overrides: t
                 run.adopt(engine, filling.folder)
         threads = plans.threads_of(recipe)
         # What a search chose by is of no use any more: where it is not in the store, it is neither read nor run.
-        chosen = msgspec.structs.replace(recipe, search=None)
+        judged = msgspec.structs.replace(recipe, search=None)
         with console.ConsoleWatcher(out) as watcher:
-            finished = run.execute(plan, chosen, base, store, watcher, threads=threads, keep_going=False)
+            finished = run.execute(plan, judged, base, store, watcher, threads=threads, keep_going=False)
         scores = {name: finished.values[f"accuracy:{name}"] for name in engines}
         return judge.judge(
             recipe.gates, tuple(engines.values()), scores, finished.values.get("latency"), manifest.original_bytes

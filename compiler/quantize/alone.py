@@ -78,18 +78,18 @@ def measure(
         progress: told how many of them are done.
     """
     shares = shares_of(outputs)
+    if not shares or not names:
+        return {}
     network = beside.prepared(onnx_files.read(model.path))
     inputs = add_inputs(network.graph, names)
     found = dict.fromkeys(inputs, 0.0)
-    if not shares or not inputs:
-        return {}
+    silent = {spec.name: np.zeros((1,) * len(spec.shape), np.float32) for spec in inputs.values()}
     path = noises.folder / "alone.onnx"
     weights = onnx_files.write_graph(network, path)
     del network
     try:
         with closing(open_model(path, threads=threads, weights=weights)) as runner:
             for done, (index, file) in enumerate(noises.files.items(), start=1):
-                silent = {spec.name: np.zeros((1,) * len(spec.shape), np.float32) for spec in inputs.values()}
                 feeds = {**samples.feeds(index), **silent}
                 expected = runner.run(feeds)
                 with np.load(file) as stored:
